@@ -1,0 +1,55 @@
+# Each target sets up what it needs: a virtual environment in .venv with the tested versions (constraints.txt).
+# A fresh machine needs make, python3 (3.11 to 3.13) and a package index. PYTHON=/path/to/python3.12 chooses another one.
+
+BIN := .venv/bin
+RUNTIME := .venv/.set-up-runtime
+DEV := .venv/.set-up-dev
+MAKEFLAGS += --no-print-directory
+
+.PHONY: help quickstart test check bench quality docs clean
+
+help:
+	@echo "make quickstart   the main job on the built-in demo world (about 10 minutes on 2 cores, after the downloads)"
+	@echo "make test         all tests but the slow checks of quality"
+	@echo "make check        format, lint, types, import floors"
+	@echo "make bench        how fast the parts are, against the plain way of doing the same"
+	@echo "make quality      how good the method is: slow, a real model, known truth"
+	@echo "make docs         write docs/settings.md and configs/schema.json again, from the code"
+
+quickstart: $(RUNTIME)
+	@if test -e runs/demo; then \
+	  echo "runs/demo exists: going on there. To start afresh: rm -r runs/demo && make quickstart"; \
+	  $(BIN)/fedbiscuit run configs/demo.yaml --resume; \
+	else \
+	  $(BIN)/fedbiscuit run configs/demo.yaml; \
+	fi
+
+test: $(DEV)
+	$(BIN)/python -m pytest -m "not quality"
+
+check: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(DEV)
+	$(BIN)/python benchmarks/trees.py
+
+quality: $(DEV)
+	$(BIN)/python -m pytest -m quality
+	@for script in benchmarks/quality_*.py; do test ! -e "$$script" || $(BIN)/python "$$script" || exit 1; done
+
+docs: $(DEV)
+	$(BIN)/python scripts/generate_docs.py
+
+clean:
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(RUNTIME): pyproject.toml constraints.txt scripts/set_up.sh
+	sh scripts/set_up.sh runtime
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	sh scripts/set_up.sh dev
+	@touch $@

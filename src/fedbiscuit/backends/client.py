@@ -1,0 +1,119 @@
+"""What a client does, anywhere: a task and its own data in, a Reply out. Its comparisons stay here.
+
+A client's scores of the adapters stay in its ``Memory``; from them it answers with a seat, never with a loss, unless the
+server asks for losses and the run is one that shares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedbiscuit.data.encoding import EncodedComparison
+from fedbiscuit.federated.grouping import choose_seat
+from fedbiscuit.models.policy import Pair, encode_pair, pair_dpo_loss, pair_sft_loss, reference_log_probs
+from fedbiscuit.models.selector import Selector, letter_margins, selector_loss
+from fedbiscuit.models.training import make_optimizer, stream, train
+from fedbiscuit.types import ClientData, Comparison, FederationError, LocalTraining, Reply, Task, Weights
+
+__all__ = ["Desk", "Memory", "answer", "choice_nats"]
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What every client of one machine works with: the LM with its template, and the run's settings for clients."""
+
+    selector: Selector
+    seed: int
+    freeze_a: bool = False
+    chat: bool = True
+    system: str = ""
+    batch_size: int = 16
+
+
+@dataclass(slots=True)
+class Memory:
+    """What one client keeps to itself between tasks: its losses under the adapters it scored last."""
+
+    losses: list[float] = field(default_factory=list)
+
+
+def answer(task: Task, data: ClientData, desk: Desk, memory: Memory) -> Reply:
+    """Do one task. Raises what goes wrong; the backend turns that into ``Reply(ok=False)``."""
+    if task.kind == "train":
+        return _train(task, data, desk)
+    if task.kind == "evaluate":
+        memory.losses = _losses(task, data, desk)
+        return Reply(task.client, metrics={"losses": list(memory.losses)} if task.share_losses else {})
+    if len(memory.losses) != len(task.prices):
+        raise FederationError(f"asked for a seat among {len(task.prices)}, but scored {len(memory.losses)} adapters")
+    return Reply(task.client, seat=choose_seat(memory.losses, task.prices, task.client))
+
+
+def _train(task: Task, data: ClientData, desk: Desk) -> Reply:
+    """Local steps from the server's adapter; the reply is end minus start."""
+    if task.local is None or len(task.adapters) != 1:
+        raise FederationError("a train task needs its local settings and exactly one adapter")
+    (u, start), how, lm = *task.adapters.items(), task.local, desk.selector.lm
+    lm.put_adapter(start)
+    parameters = lm.trainable(desk.freeze_a)
+    size, per_step = how.batch_size, how.batch_size * how.grad_accum
+    order = (desk.seed, task.client, "order")
+
+    def batches(step: int) -> list[list[Comparison]]:
+        taken = stream(data.train, task.consumed + step * per_step, per_step, order)
+        return [taken[i : i + size] for i in range(0, per_step, size)]
+
+    def loss(batch: Sequence[Comparison]) -> tuple[Tensor, dict[str, float]]:
+        return _objective(batch, desk, how), {}
+
+    optimizer = make_optimizer(list(parameters.values()), how)
+    for _ in train(lm, batches, loss, how, (desk.seed, task.round, task.client, "dropout"), optimizer):
+        pass
+    end = lm.adapter()
+    delta: Weights = {name: end[name] - start[name] for name in parameters}
+    return Reply(task.client, adapter=u, delta=delta, num_examples=min(how.comparisons_per_round, len(data.train)))
+
+
+def _objective(batch: Sequence[Comparison], desk: Desk, how: LocalTraining) -> Tensor:
+    """The mean local loss of a batch: the selector's, or a baseline's that trains the policy itself."""
+    if how.objective == "choice":
+        encoded, left_out = desk.selector.encode(batch)
+        if left_out:
+            raise FederationError(
+                f"{len(left_out)} comparisons are longer than max_tokens; leave them out before training"
+            )
+        return selector_loss(desk.selector, encoded)
+    lm = desk.selector.lm
+    pairs = [_pair(comparison, desk) for comparison in batch]
+    if how.objective == "sft":
+        return pair_sft_loss(lm, pairs)
+    reference = reference_log_probs(lm, pairs)
+    lm.model.train()
+    return pair_dpo_loss(lm, pairs, reference, how.dpo_beta)[0]
+
+
+def _pair(comparison: Comparison, desk: Desk) -> Pair:
+    prompt = desk.selector.lm.chat_prompt(comparison.prompt, desk.system, desk.chat)
+    return encode_pair(desk.selector.lm, prompt, comparison.chosen, comparison.rejected)
+
+
+def _losses(task: Task, data: ClientData, desk: Desk) -> list[float]:
+    """Mean validation loss in nats under each adapter of the task, in the order of their numbers."""
+    if not data.validation:
+        raise FederationError("no validation comparisons to score adapters on; it keeps its seat")
+    encoded, _ = desk.selector.encode(data.validation)
+    adapters = [task.adapters[u] for u in sorted(task.adapters)]
+    margins = letter_margins(desk.selector, adapters, encoded, desk.batch_size)
+    return [float(choice_nats(margin, encoded).mean()) for margin in margins]
+
+
+def choice_nats(margins: Tensor, encoded: Sequence[EncodedComparison]) -> Tensor:
+    """(n,) loss in nats of (n, 2) letter margins, the mean of both orders: -log p of the letter that was chosen."""
+    sign = torch.tensor([1.0 if item.choice == 0 else -1.0 for item in encoded], dtype=torch.float64)
+    margins = margins.double()
+    by_order = torch.nn.functional.softplus(torch.stack([-sign * margins[:, 0], sign * margins[:, 1]], dim=1))
+    return by_order.mean(dim=1)

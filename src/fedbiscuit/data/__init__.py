@@ -1,0 +1,1 @@
+"""People's comparisons: reading them, sharing them out to clients, and turning them into tokens."""

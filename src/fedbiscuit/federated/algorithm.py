@@ -1,0 +1,210 @@
+"""The round (ALGORITHM section 3): regroup now and then, sample a cohort, let it train, average, step.
+
+Everything is a function of values: ``fedbiscuit_round(state, backend, cfg, seed) -> (next state, record)``. A state
+that went in is never changed, nor are its tensors.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from fedbiscuit.config import FederatedSettings
+from fedbiscuit.federated.aggregation import aggregate, clip_limit, server_step
+from fedbiscuit.federated.exchange import Exchange, Lent
+from fedbiscuit.federated.grouping import group_sizes, seat_clients, seat_newcomers
+from fedbiscuit.federated.privacy import check_reply, delta_norm
+from fedbiscuit.types import (
+    Backend,
+    ClientId,
+    ConfigError,
+    FederationError,
+    Grouping,
+    Reply,
+    RoundRecord,
+    ServerState,
+    Task,
+    Weights,
+    rng_for,
+)
+
+__all__ = [
+    "assign",
+    "fedbiscuit_round",
+    "init_state",
+    "num_warmup_rounds",
+    "phase_of",
+    "regroup_is_due",
+    "sample_cohort",
+    "trained_part",
+]
+
+
+def init_state(adapters: Sequence[Weights]) -> ServerState:
+    """The state before round 0, with copies of these U adapters."""
+    if not adapters or not all(adapters):
+        raise ConfigError("a federation needs at least one adapter with at least one tensor; check lora.target_modules")
+    return ServerState(round=0, adapters=tuple(Lent(dict(enumerate(adapters)))[u] for u in range(len(adapters))))
+
+
+def fedbiscuit_round(
+    state: ServerState, backend: Backend, cfg: FederatedSettings, seed: int
+) -> tuple[ServerState, RoundRecord]:
+    """One round. Raises FederationError, with the state as it was, if no cohort sends ``min_replies`` good replies."""
+    started = time.perf_counter()
+    exchange = Exchange(backend)
+    regrouped = regroup_is_due(state.round, cfg)
+    grouping = _regroup(exchange, state, cfg, seed) if regrouped else dict(state.grouping)
+    if phase_of(state.round, cfg) == "federated":
+        grouping = seat_newcomers(grouping, exchange.clients, cfg.num_adapters)
+    adapter_of, replies = _train_a_cohort(exchange, state, grouping, cfg, seed)
+    following, metrics = _next_state(state, grouping, adapter_of, replies, len(exchange.clients), cfg)
+    return following, RoundRecord(
+        round=state.round,
+        phase=phase_of(state.round, cfg),
+        cohort=tuple(adapter_of),
+        adapter_of=adapter_of,
+        grouping=grouping,
+        regrouped=regrouped,
+        metrics=metrics,
+        refused=exchange.refused,
+        seconds=time.perf_counter() - started,
+        bytes_up=exchange.bytes_up,
+        bytes_down=exchange.bytes_down,
+    )
+
+
+# The schedule: functions of the round's number
+
+
+def num_warmup_rounds(cfg: FederatedSettings) -> int:
+    """Rounds before the first grouping: W for each of U adapters, none for a single one."""
+    return cfg.num_adapters * cfg.warmup_rounds if cfg.num_adapters > 1 else 0
+
+
+def phase_of(round: int, cfg: FederatedSettings) -> Literal["warmup", "federated"]:
+    """Warm-up trains one adapter after the other with everybody; then each group trains its own."""
+    return "warmup" if round < num_warmup_rounds(cfg) else "federated"
+
+
+def regroup_is_due(round: int, cfg: FederatedSettings) -> bool:
+    """True in the first round after the warm-up and every ``regroup_every`` rounds from there, if there are groups."""
+    since_warmup = round - num_warmup_rounds(cfg)
+    return cfg.num_adapters > 1 and since_warmup >= 0 and since_warmup % cfg.regroup_every == 0
+
+
+def sample_cohort(clients: Sequence[ClientId], size: int, rng: random.Random) -> list[ClientId]:
+    """``size`` clients without replacement, sorted by name; 0 takes all."""
+    if size > len(clients):
+        raise FederationError(
+            f"a cohort of {size} cannot be drawn from {len(clients)} clients; use a cohort_size of at most"
+            f" {len(clients)}, or 0 for all"
+        )
+    return sorted(rng.sample(sorted(clients), size or len(clients)))
+
+
+def assign(cohort: Sequence[ClientId], round: int, grouping: Grouping, cfg: FederatedSettings) -> dict[ClientId, int]:
+    """Who trains which adapter: in the warm-up all the same one, then each the one of its group."""
+    if phase_of(round, cfg) == "warmup":
+        return dict.fromkeys(cohort, round // cfg.warmup_rounds)
+    return {client: grouping[client] for client in cohort}
+
+
+# The steps of a round
+
+
+def _regroup(exchange: Exchange, state: ServerState, cfg: FederatedSettings, seed: int) -> Grouping:
+    asked = sample_cohort(exchange.clients, cfg.grouping_cohort, rng_for(seed, state.round, "grouping cohort"))
+    return seat_clients(exchange, asked, state, cfg, seed)
+
+
+def _train_a_cohort(
+    exchange: Exchange, state: ServerState, grouping: Grouping, cfg: FederatedSettings, seed: int
+) -> tuple[dict[ClientId, int], dict[ClientId, Reply]]:
+    """The first cohort of which enough clients sent a good reply: its adapters, and these replies."""
+    for attempt in range(cfg.max_attempts):
+        rng = rng_for(seed, state.round, attempt, "cohort")
+        cohort = sample_cohort(exchange.clients, cfg.cohort_size, rng)
+        if cfg.min_replies > len(cohort):
+            raise FederationError(f"min_replies is {cfg.min_replies}, but a cohort has only {len(cohort)} clients")
+        adapter_of = assign(cohort, state.round, grouping, cfg)
+        replies = _train(exchange, state, adapter_of, cfg)
+        if len(replies) >= cfg.min_replies:
+            return adapter_of, replies
+    reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(exchange.refused.items()))
+    raise FederationError(
+        f"round {state.round}: fewer than {cfg.min_replies} good replies from each of {cfg.max_attempts} cohorts,"
+        f" so nothing was changed ({reasons}); mend these clients, or lower min_replies, and resume"
+    )
+
+
+def _train(
+    exchange: Exchange, state: ServerState, adapter_of: Mapping[ClientId, int], cfg: FederatedSettings
+) -> dict[ClientId, Reply]:
+    local = cfg.local.as_local()
+    lent = {u: Lent({u: state.adapters[u]}) for u in set(adapter_of.values())}
+    tasks = [
+        Task("train", client, state.round, lent[u], local=local, consumed=state.consumed.get(client, 0))
+        for client, u in adapter_of.items()
+    ]
+
+    def check(task: Task, reply: Reply) -> str | None:
+        u = adapter_of[task.client]
+        if reply.adapter != u:
+            return f"it trained adapter {ascii(reply.adapter)[:40]} where {u} was asked for"
+        return check_reply(reply, trained_part(state.adapters[u], cfg), local.comparisons_per_round)
+
+    return exchange.ask(tasks, check)
+
+
+def trained_part(weights: Weights, cfg: FederatedSettings) -> Weights:
+    """The tensors of an adapter that clients train and send: all, or with ``freeze_a`` all but the A matrices."""
+    if cfg.lora_aggregation == "average":
+        return weights
+    return {name: tensor for name, tensor in weights.items() if not name.endswith("lora_A.weight")}
+
+
+def _next_state(
+    state: ServerState,
+    grouping: Grouping,
+    adapter_of: Mapping[ClientId, int],
+    replies: Mapping[ClientId, Reply],
+    num_clients: int,
+    cfg: FederatedSettings,
+) -> tuple[ServerState, dict[str, Any]]:
+    """The server after these replies. Adapters that nobody trained do not move, nor does their optimizer."""
+    norms = {client: delta_norm(reply.delta or {}) for client, reply in replies.items()}
+    clip_norm, clip_norms = clip_limit(norms.values(), state.clip_norms)
+    adapters, moments, lengths = list(state.adapters), dict(state.server_optimizer_state), {}
+    for u, group in _by_adapter(replies, adapter_of).items():
+        delta = aggregate(group, num_clients, cfg, clip_norm)
+        adapters[u], moments = server_step(u, adapters[u], delta, moments, cfg)
+        lengths[u] = delta_norm(delta)
+    used = cfg.local.as_local().comparisons_per_round
+    following = ServerState(
+        round=state.round + 1,
+        adapters=tuple(adapters),
+        grouping=grouping,
+        consumed={**state.consumed, **{client: state.consumed.get(client, 0) + used for client in replies}},
+        server_optimizer_state=moments,
+        clip_norms=clip_norms,
+    )
+    clips = cfg.aggregator == "norm_clipped_mean"
+    metrics = {
+        "num_replies": len(replies),
+        "delta_norm": lengths,
+        "clipped": sum(norm > clip_norm for norm in norms.values()) if clips else 0,
+        "group_sizes": group_sizes(grouping, cfg.num_adapters),
+    }
+    return following, metrics
+
+
+def _by_adapter(
+    replies: Mapping[ClientId, Reply], adapter_of: Mapping[ClientId, int]
+) -> dict[int, dict[ClientId, Reply]]:
+    groups: dict[int, dict[ClientId, Reply]] = {}
+    for client, reply in replies.items():
+        groups.setdefault(adapter_of[client], {})[client] = reply
+    return dict(sorted(groups.items()))

@@ -1,0 +1,113 @@
+"""Asking clients: each gets one task and counts once; what travels is counted; who is refused is remembered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from fedbiscuit.types import Backend, ClientId, FederationError, Reply, Task, Weights, num_bytes
+
+__all__ = ["Check", "Exchange", "Lent"]
+
+Check = Callable[[Task, Reply], str | None]
+"""Why this reply to this task cannot be used, or None."""
+
+
+class Lent(Mapping[int, Weights]):
+    """Some adapters of the server, to be read by clients: every look gives fresh copies.
+
+    So a backend may train in the very tensors it was handed, and neither the server nor the next client sees it.
+    """
+
+    def __init__(self, adapters: Mapping[int, Weights]) -> None:
+        self._adapters = adapters
+        self.num_bytes = sum(num_bytes(weights) for weights in adapters.values())
+
+    def __getitem__(self, u: int) -> Weights:
+        return {name: tensor.detach().clone() for name, tensor in self._adapters[u].items()}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+
+class Exchange:
+    """All the talk with clients in one round, over one backend.
+
+    ``clients`` are those that can be asked, sorted. ``refused`` maps a client to why its last unusable reply was
+    refused. ``bytes_down`` and ``bytes_up`` count tensor data, server to clients and back.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.clients = _named_once(backend.clients())
+        self.refused: dict[ClientId, str] = {}
+        self.bytes_down = 0
+        self.bytes_up = 0
+
+    def ask(self, tasks: Sequence[Task], check: Check) -> dict[ClientId, Reply]:
+        """The replies that can be used, by client and sorted by client, in whatever order they arrived."""
+        self.bytes_down += sum(task.adapters.num_bytes for task in tasks if isinstance(task.adapters, Lent))
+        answers = _by_client(self._backend.run(tasks))
+        self.bytes_up += sum(_delta_bytes(reply) for replies in answers.values() for reply in replies)
+        task_of = {task.client: task for task in tasks}
+        accepted = {}
+        for client in sorted(task_of | answers):
+            replies = answers.get(client, [])
+            reason = _fault(task_of.get(client), replies, check)
+            if reason is None:
+                accepted[client] = replies[0]
+            else:
+                self.refused[client] = reason
+        return accepted
+
+
+def _fault(task: Task | None, replies: Sequence[Reply], check: Check) -> str | None:
+    if task is None:
+        return "it answered without being asked in this round"
+    if not replies:
+        return "no reply"
+    if any(_plain(other) != _plain(replies[0]) for other in replies[1:]):
+        return f"{len(replies)} replies that differ"
+    if not replies[0].ok:
+        return replies[0].error[:300] or "it failed without saying why"
+    return check(task, replies[0])
+
+
+def _named_once(clients: Iterable[ClientId]) -> tuple[ClientId, ...]:
+    counts = Counter(clients)
+    if not counts:
+        raise FederationError("no client can be asked; check that clients have data and are connected")
+    name, times = counts.most_common(1)[0]
+    if times > 1:
+        raise FederationError(f"{times} clients are called {name!r}; give each client a name of its own")
+    return tuple(sorted(counts))
+
+
+def _by_client(replies: Iterable[Reply]) -> dict[ClientId, list[Reply]]:
+    answers: dict[ClientId, list[Reply]] = {}
+    for reply in replies:
+        answers.setdefault(reply.client, []).append(reply)
+    return answers
+
+
+def _delta_bytes(reply: Reply) -> int:
+    tensors = reply.delta.items() if isinstance(reply.delta, Mapping) else ()
+    return num_bytes({name: tensor for name, tensor in tensors if isinstance(tensor, Tensor)})
+
+
+def _plain(reply: Reply) -> Reply:
+    """The same reply with lists for tensors, so that ``==`` compares every value."""
+    if not isinstance(reply.delta, Mapping):
+        return reply
+    delta: Any = {
+        name: (tensor.dtype, tensor.tolist()) if isinstance(tensor, Tensor) else tensor
+        for name, tensor in reply.delta.items()
+    }
+    return replace(reply, delta=delta)

@@ -1,0 +1,33 @@
+"""The README of an adapter folder: what it is, what it was made from, how to load it."""
+
+from __future__ import annotations
+
+__all__ = ["policy_card", "selector_card"]
+
+HEAD = """---
+base_model: {base}
+library_name: peft
+tags: [fedbiscuit, {tag}]
+---
+"""
+
+
+def selector_card(base: str, u: int, num_adapters: int, rounds: int, template: str, letters: tuple[str, str]) -> str:
+    """The card of selector ``u``."""
+    return HEAD.format(base=base, tag="preference-selector") + (
+        f"# Preference selector {u} of {num_adapters}\n\n"
+        f"A LoRA adapter of `{base}`, trained federatedly over {rounds} rounds by fedbiscuit. It reads a prompt and two "
+        f"responses in the template `{template}` and answers with {letters[0]!r} or {letters[1]!r} as the next token. "
+        "Read every pair in both orders and average: one order alone is biased.\n\n"
+        f'Load it with `PeftModel.from_pretrained(base_model, "selectors/u{u}")`.\n'
+    )
+
+
+def policy_card(base: str, steps: int, num_pairs: int) -> str:
+    """The card of an aligned policy."""
+    return HEAD.format(base=base, tag="dpo") + (
+        "# Aligned policy\n\n"
+        f"A LoRA adapter of `{base}`, fine-tuned by fedbiscuit with {steps} steps of DPO on {num_pairs} pairs of its own "
+        "completions, which federated preference selectors had labeled.\n\n"
+        'Load it with `PeftModel.from_pretrained(base_model, "policy")`.\n'
+    )

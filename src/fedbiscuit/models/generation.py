@@ -1,0 +1,120 @@
+"""The policy writes: several completions a prompt, from one prefill, each a function of its own key.
+
+A completion depends on (seed, prompt, number of the completion) and on the logits; not on which other prompts share its
+batch, but for the last bits of floating point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedbiscuit.models.lm import LM
+from fedbiscuit.types import seed_for
+
+__all__ = ["Completion", "Sampling", "generate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. temperature 0 is greedy."""
+
+    max_new_tokens: int = 80
+    temperature: float = 0.7
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was written: its tokens without the end-of-text, its text, and whether it ended by itself."""
+
+    tokens: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+@torch.no_grad()
+def generate(
+    lm: LM, prompts: Sequence[Sequence[int]], num_completions: int, how: Sampling, key: tuple[object, ...]
+) -> list[list[Completion]]:
+    """``num_completions`` completions for each prompt (token ids), sampled with the adapter as it is now.
+
+    Prompts are cut off by position: the completion is what stands behind the prompt's last place (mistake 12).
+    """
+    rows = len(prompts) * num_completions
+    draws = [
+        torch.Generator().manual_seed(seed_for(*key, tuple(p), i)) for p in prompts for i in range(num_completions)
+    ]
+    ends = {lm.end, *_end_tokens(lm)}
+    tokens: list[list[int]] = [[] for _ in range(rows)]
+    finished = [False] * rows
+    lm.model.eval()
+    with lm.padded() as model:
+        ids, mask = _left_pad(prompts, lm.end, lm.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(num_completions)
+        logits = out.logits[:, -1].float().repeat_interleave(num_completions, 0)
+        mask = mask.repeat_interleave(num_completions, 0)
+        position = positions[:, -1].repeat_interleave(num_completions, 0)
+        live = list(range(rows))
+        for step in range(how.max_new_tokens):
+            uniform = torch.stack([torch.rand((), generator=draws[row]) for row in live])
+            chosen = _sample(logits, how, uniform.to(lm.device))
+            for row, token in zip(live, chosen.tolist(), strict=True):
+                if token in ends:
+                    finished[row] = True
+                else:
+                    tokens[row].append(token)
+            stay = [i for i, row in enumerate(live) if not finished[row]]
+            if not stay or step + 1 == how.max_new_tokens:
+                break
+            if len(stay) < len(live):
+                keep = torch.tensor(stay, device=lm.device)
+                cache.batch_select_indices(keep)
+                chosen, mask, position = chosen[keep], mask[keep], position[keep]
+                live = [live[i] for i in stay]
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+            position = position + 1
+            out = model(
+                input_ids=chosen[:, None],
+                attention_mask=mask,
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = out.logits[:, -1].float()
+    done = [Completion(tuple(t), lm.decode(t).strip(), end) for t, end in zip(tokens, finished, strict=True)]
+    return [done[i : i + num_completions] for i in range(0, rows, num_completions)]
+
+
+def _sample(logits: Tensor, how: Sampling, uniform: Tensor) -> Tensor:
+    """(n,) tokens from (n, vocabulary) logits by inverting the cumulative distribution at (n,) uniform draws."""
+    if how.temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = torch.softmax(logits / how.temperature, -1).sort(-1, descending=True)
+    cumulative = probabilities.double().cumsum(-1)
+    total = cumulative[:, -1]
+    if how.top_p < 1:
+        inside = cumulative - probabilities < how.top_p
+        total = torch.where(inside, cumulative, 0).max(-1).values
+    place = torch.searchsorted(cumulative, (uniform.double() * total)[:, None], right=True)
+    return order.gather(-1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(n, longest) ids and 0/1 mask with the padding on the left."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[fill] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def _end_tokens(lm: LM) -> set[int]:
+    """The further end tokens that the model's own generation settings name (Gemma's end of turn)."""
+    named = lm.model.generation_config.eos_token_id
+    return set(named) if isinstance(named, list) else {named} if named is not None else set()

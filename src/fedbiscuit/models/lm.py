@@ -1,0 +1,374 @@
+"""A frozen language model with one slot for an adapter.
+
+One LM per device serves all clients and all adapters: switching copies the few LoRA tensors in place. This file is the only
+one that knows how models are found, loaded and wrapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor
+
+from fedbiscuit.config import LoraSettings, ModelSettings
+from fedbiscuit.models.trees import ATTENTION, Forest, pack, tree_attention
+from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError, Weights, seed_for
+
+__all__ = ["LM", "load_lm", "resolve_model"]
+
+transformers.AttentionInterface.register(ATTENTION, tree_attention)
+transformers.AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+CONVERSION = "1"
+"""Changes when the conversion below writes something else, so that old caches are left alone."""
+
+
+class LM:
+    """A causal LM, its tokenizer, and one LoRA adapter slot. Holds the device's memory; make one a device.
+
+    model: the PEFT-wrapped transformers model. name: what the user wrote. digest: sha256 of the model's files.
+    """
+
+    def __init__(self, model: peft.PeftModel, tokenizer: Any, name: str, digest: str):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.digest = digest
+        self.device = next(model.parameters()).device
+        self.start: tuple[int, ...] = tuple(t for t in tokenizer("").input_ids if t != tokenizer.eos_token_id)
+        self._causal: Any = model.get_base_model()
+        self._slots = {
+            name.replace(".default.", "."): parameter
+            for name, parameter in model.named_parameters()
+            if ".lora_" in name
+        }
+        self._encoded: dict[str, tuple[int, ...]] = {}
+
+    # Text
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text. Special tokens written in it stay plain text; nothing is added. Each text is encoded once."""
+        if text not in self._encoded:
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            self._encoded[text] = tuple(ids)
+        return self._encoded[text]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def chat_prompt(self, prompt: str, system: str = "", chat: bool = True) -> tuple[int, ...]:
+        """Token ids up to where the answer begins, by the model's chat template where it has one.
+
+        The prompt is encoded as plain text between the template's own parts, so that no special token gets in with it.
+        """
+        if not chat or not self.tokenizer.chat_template:
+            return self.start + self.encode(prompt if not system else f"{system}\n\n{prompt}")
+        marks = {"\ue000prompt\ue000": prompt, "\ue000system\ue000": system}
+        roles = ["user", "system"] if system else ["user"]
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=False)][::-1]
+        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(marks)})", rendered):
+            ids += self.encode(marks[part]) if part in marks else self.tokenizer(part, add_special_tokens=False).input_ids
+        return tuple(ids)
+
+    @property
+    def end(self) -> int:
+        """The token that ends a response."""
+        return int(self.tokenizer.eos_token_id)
+
+    # Computing
+
+    def hidden(self, forest: Forest) -> Tensor:
+        """(T, d) last hidden states of a packed row."""
+        body = self._causal.base_model
+        out = body(input_ids=forest.tokens[None], position_ids=forest.positions[None], use_cache=False, forest=forest)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(n, d) hidden states to (n, rows) logits: only the given rows of the vocabulary, or all of it. float32."""
+        head = self._causal.get_output_embeddings()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+        cap = getattr(self._causal.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def pack(self, sequences: Sequence[Sequence[int]]) -> Forest:
+        """``trees.pack`` on this model's device."""
+        return pack(sequences, self.device)
+
+    @contextlib.contextmanager
+    def padded(self) -> Iterator[Any]:
+        """The model on ordinary padded batches, for generation and as the oracle of tests."""
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(ATTENTION)
+
+    # The adapter
+
+    def adapter(self) -> Weights:
+        """A copy of the adapter in the slot, float32, on the CPU."""
+        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in sorted(self._slots.items())}
+
+    def put_adapter(self, weights: Weights) -> None:
+        """Copy an adapter into the slot. Raises ``IntegrityError`` where names or shapes are not this model's."""
+        if weights.keys() != self._slots.keys():
+            odd = sorted(weights.keys() ^ self._slots.keys())
+            raise IntegrityError(
+                f"the adapter is not one of {self.name} with these LoRA settings: {len(odd)} tensors differ, first {odd[0]}"
+            )
+        with torch.no_grad():
+            for name, parameter in self._slots.items():
+                if weights[name].shape != parameter.shape:
+                    raise IntegrityError(
+                        f"{name}: shape {tuple(weights[name].shape)}, but {self.name} needs {tuple(parameter.shape)}"
+                    )
+                parameter.copy_(weights[name])
+
+    def new_adapter(self, *key: object) -> Weights:
+        """A fresh adapter, a function of the key alone: A uniform as in LoRA's paper and PEFT, B zero."""
+        generator = torch.Generator().manual_seed(seed_for(*key))
+        weights: Weights = {}
+        for name, parameter in sorted(self._slots.items()):
+            weights[name] = torch.zeros(parameter.shape)
+            if "lora_A" in name:
+                bound = math.sqrt(3.0) * math.sqrt(2.0 / (1 + 5)) / math.sqrt(parameter.shape[1])
+                weights[name].uniform_(-bound, bound, generator=generator)
+        return weights
+
+    def trainable(self, freeze_a: bool = False) -> dict[str, torch.nn.Parameter]:
+        """The slot's parameters by name; with ``freeze_a`` only the B matrices, and A needs no gradient."""
+        for name, parameter in self._slots.items():
+            parameter.requires_grad_(not (freeze_a and "lora_A" in name))
+        return {name: p for name, p in sorted(self._slots.items()) if p.requires_grad}
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The base model alone: the reference, or the raw policy."""
+        with self.model.disable_adapter():
+            yield
+
+    def adapter_config(self) -> dict[str, Any]:
+        """What stands in ``adapter_config.json``: PEFT's own settings, with the model's name and no path of this machine."""
+        config = self.model.peft_config["default"].to_dict()
+        config["base_model_name_or_path"] = self.name
+        config["inference_mode"] = True
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def load_lm(settings: ModelSettings) -> LM:
+    """Find, load and wrap a model. Raises ``ConfigError`` that names what is missing, before anything is trained."""
+    folder, digest = resolve_model(settings.base)
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.base: {settings.base}: cannot be loaded as a causal LM: {_first_line(error)}"
+        ) from error
+    model.requires_grad_(False)
+    wrapped = peft.get_peft_model(model, _lora_config(model, settings.lora), autocast_adapter_dtype=True)
+    wrapped.to(device)
+    if settings.gradient_checkpointing:
+        wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped.eval()
+    lm = LM(wrapped, tokenizer, settings.base, digest)
+    _check_fast_path(lm)
+    return lm
+
+
+def resolve_model(reference: str) -> tuple[str, str]:
+    """(folder or Hub name that transformers loads, sha256 of the model) for what a user writes as ``model.base``.
+
+    A Hub name, a folder, a ``.gguf`` file, or ``package:NAME/FILE``. A GGUF file is converted once, into the cache.
+    """
+    path = Path(reference).expanduser()
+    if reference.startswith("package:"):
+        path = _package_file(reference)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"model.base: {reference}: no such file; check the path")
+        digest = _digest_of_files([path])
+        return str(_converted(path, digest)), digest
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja"))
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"model.base: {reference}: a folder without config.json; give a folder of a transformers model"
+            )
+        return str(path), _digest_of_files(files)
+    if path.exists() or reference.count("/") > 1 or reference.startswith((".", "~")):
+        raise ConfigError(f"model.base: {reference}: not found as a folder or a .gguf file")
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(reference, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+    except Exception as error:
+        raise ConfigError(
+            f"model.base: {reference}: not a folder, and not to be had from the Hub ({_first_line(error)}); "
+            "give a local folder, a .gguf file or package:NAME/FILE"
+        ) from error
+    return resolve_model(folder)
+
+
+def cache_dir() -> Path:
+    """Where conversions are kept: ``$FEDBISCUIT_CACHE``, or ``fedbiscuit`` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedbiscuit"
+    return Path(os.environ.get("FEDBISCUIT_CACHE") or default)
+
+
+def _package_file(reference: str) -> Path:
+    """The file meant by ``package:NAME/FILE``; the package is found, not imported."""
+    package, _, file = reference.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"model.base: {reference}: no installed package {package!r}; install it, or give a folder or file"
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    path = (root / file).resolve()
+    if not file or not path.is_relative_to(root.resolve()) or not path.is_file():
+        found = sorted(p.name for p in root.glob("*.gguf"))
+        raise ConfigError(f"model.base: {reference}: package {package} has no file {file!r}; it has {found}")
+    return path
+
+
+def _converted(gguf: Path, digest: str) -> Path:
+    """The folder of a GGUF file as safetensors in float32, made once under a lock; a kill leaves nothing half-made."""
+    key = hashlib.sha256(f"{CONVERSION} {digest}".encode()).hexdigest()[:32]
+    target = cache_dir() / "models" / key
+    if (target / "config.json").is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.parent / f"{key}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (target / "config.json").is_file():
+                for stale in target.parent.glob(f"{key}-*"):
+                    shutil.rmtree(stale, ignore_errors=True)
+                made = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=target.parent))
+                _convert(gguf, made)
+                made.rename(target)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot keep the converted model in {target.parent}: {_first_line(error)}; "
+            "free some disk (0.6 GB for a 135M model) or set FEDBISCUIT_CACHE to another folder"
+        ) from error
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file as a transformers folder. The loaded model refuses to be saved, so its weights move to a fresh one."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"model.base: {gguf.name}: transformers cannot read this GGUF file: {_first_line(error)}"
+        ) from error
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _lora_config(model: Any, lora: LoraSettings) -> peft.LoraConfig:
+    linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    heads = {name for name, m in model.named_modules() if m is model.get_output_embeddings()}
+    if lora.target_modules != "all-linear":
+        wrong = [name for name in lora.target_modules if name not in linear or name in heads]
+        if wrong or not lora.target_modules:
+            raise ConfigError(
+                f"model.lora.target_modules: {wrong or 'nothing'} cannot get an adapter in this model; "
+                f"choose from {[name for name in linear if name not in heads]}"
+            )
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules if lora.target_modules == "all-linear" else list(lora.target_modules),
+        use_rslora=lora.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _check_fast_path(lm: LM) -> None:
+    """Compare a small packed row with the model's own full forward pass; refuse an architecture where they differ."""
+    size = lm._causal.config.get_text_config().vocab_size
+    stem = [(7 * i + 3) % size for i in range(12)]
+    sequences = [[*stem, 5 % size, 11 % size], [*stem, 2 % size], [*stem, 9 % size, 1 % size, 4 % size]]
+    with torch.no_grad():
+        forest = lm.pack(sequences)
+        ours = lm.logits(lm.hidden(forest)[forest.last])
+        with lm.padded() as model:
+            theirs = torch.stack([model(torch.tensor([s], device=lm.device)).logits[0, -1].float() for s in sequences])
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not error < (1e-3 if ours.dtype == lm._causal.dtype else 0.1):
+        raise ConfigError(
+            f"model.base: {lm.name}: packed and plain computation differ by {error:.1e}; this architecture does something "
+            "to attention or logits that fedbiscuit does not know, so it cannot be used"
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"model.device: {name}: not on this machine ({_first_line(error)}); use cpu or auto"
+        ) from error
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _digest_of_files(paths: Sequence[Path]) -> str:
+    """sha256 over the files' names and contents."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            total.update(json.dumps([path.name, hashlib.file_digest(file, "sha256").hexdigest()]).encode())
+    return total.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

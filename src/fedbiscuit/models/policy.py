@@ -1,0 +1,113 @@
+"""The policy's own log-probabilities: what supervised fine-tuning and DPO train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fedbiscuit.models.lm import LM
+from fedbiscuit.models.losses import dpo_loss, sft_loss
+
+__all__ = [
+    "Pair",
+    "encode_pair",
+    "pair_dpo_loss",
+    "pair_log_probs",
+    "pair_sft_loss",
+    "reference_log_probs",
+    "response_log_probs",
+]
+
+CHUNK = 256
+"""Response tokens whose vocabulary-wide logits exist at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One preference as token ids. probability: that chosen really is better."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    probability: float = 1.0
+
+
+def encode_pair(
+    lm: LM,
+    prompt: tuple[int, ...],
+    chosen: str,
+    rejected: str,
+    probability: float = 1.0,
+    finished: tuple[bool, bool] = (True, True),
+) -> Pair:
+    """Token ids of a preference. The end-of-text token closes only a response that ended by itself (mistake 12)."""
+    ends = [(lm.end,) if done else () for done in finished]
+    return Pair(prompt, lm.encode(chosen) + ends[0], lm.encode(rejected) + ends[1], probability)
+
+
+def response_log_probs(lm: LM, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+    """(n,) log-probabilities in nats, summed over response tokens; differentiable.
+
+    Prompts and responses that share prefixes share their computation. Vocabulary-wide logits are made for response tokens
+    only, ``CHUNK`` at a time, and made again in the backward pass instead of being kept.
+    """
+    forest = lm.pack([(*prompt, *response) for prompt, response in zip(prompts, responses, strict=True)])
+    hidden = lm.hidden(forest)
+    places = np.concatenate([path[len(prompt) - 1 : -1] for path, prompt in zip(forest.paths, prompts, strict=True)])
+    owner = torch.from_numpy(np.repeat(np.arange(len(responses)), [len(r) for r in responses])).to(lm.device)
+    targets = torch.tensor([token for response in responses for token in response], device=lm.device)
+    states = hidden[torch.from_numpy(places).to(lm.device)]
+    parts = []
+    for start in range(0, len(targets), CHUNK):
+        span = slice(start, start + CHUNK)
+        parts.append(checkpoint(_token_log_probs, lm, states[span], targets[span], use_reentrant=False))
+    sums = torch.zeros(len(responses), dtype=torch.float32, device=lm.device)
+    return sums.index_add(0, owner, torch.cat(parts))
+
+
+def _token_log_probs(lm: LM, states: Tensor, targets: Tensor) -> Tensor:
+    logits = lm.logits(states)
+    return logits.gather(-1, targets[:, None])[:, 0] - torch.logsumexp(logits, -1)
+
+
+def pair_log_probs(lm: LM, pairs: Sequence[Pair]) -> Tensor:
+    """(n, 2) log-probabilities of (chosen, rejected)."""
+    prompts = [pair.prompt for pair in pairs for _ in range(2)]
+    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
+    return response_log_probs(lm, prompts, responses).view(-1, 2)
+
+
+def pair_dpo_loss(
+    lm: LM, pairs: Sequence[Pair], reference: Tensor, beta: float, soft: bool = False
+) -> tuple[Tensor, dict[str, float]]:
+    """DPO on a batch; reference: (n, 2) log-probabilities with the adapter off. Also what to report of it."""
+    policy = pair_log_probs(lm, pairs)
+    probability = torch.tensor([pair.probability for pair in pairs], device=policy.device) if soft else None
+    loss, margins = dpo_loss(policy, reference.to(policy.device), beta, probability)
+    report = {
+        "margin": float(margins.detach().mean()),
+        "accuracy": float((margins > 0).float().mean()),
+        "chosen_logp": float(policy[:, 0].detach().mean()),
+        "rejected_logp": float(policy[:, 1].detach().mean()),
+    }
+    return loss, report
+
+
+def pair_sft_loss(lm: LM, pairs: Sequence[Pair]) -> Tensor:
+    """Supervised fine-tuning on the preferred responses."""
+    log_probs = response_log_probs(lm, [p.prompt for p in pairs], [p.chosen for p in pairs])
+    return sft_loss(log_probs, torch.tensor([len(p.chosen) for p in pairs], device=log_probs.device))
+
+
+@torch.no_grad()
+def reference_log_probs(lm: LM, pairs: Sequence[Pair], batch_size: int = 8) -> Tensor:
+    """(n, 2) log-probabilities of (chosen, rejected) with the adapter off, on the CPU."""
+    lm.model.eval()
+    with lm.adapter_off():
+        parts = [pair_log_probs(lm, pairs[i : i + batch_size]).cpu() for i in range(0, len(pairs), batch_size)]
+    return torch.cat(parts) if parts else torch.empty(0, 2)

@@ -1,0 +1,131 @@
+"""Selectors: the frozen LM with an adapter, asked "A or B?".
+
+A comparison is always read in both orders, so that the answer does not depend on which response stands first. The two
+orders, and all comparisons of one prompt, share what they can (``models/trees.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedbiscuit.data.encoding import EncodedComparison, Template, encode_comparison
+from fedbiscuit.models.lm import LM
+from fedbiscuit.models.losses import choice_loss
+from fedbiscuit.types import Comparison, ConfigError, Weights
+
+__all__ = ["VOTES", "Selector", "Vote", "choice_probability", "letter_margins", "selector_loss", "vote"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """How comparisons are put to an LM: the template, the two letters, the longest input in tokens."""
+
+    lm: LM
+    template: Template
+    letters: tuple[int, int]
+    max_tokens: int
+
+    @classmethod
+    def of(cls, lm: LM, template: Template, choice_tokens: tuple[str, str], max_tokens: int) -> Selector:
+        """Check that both letters are one token each and differ; ``ConfigError`` says what they are."""
+        ids = [tuple(lm.tokenizer(token, add_special_tokens=False).input_ids) for token in choice_tokens]
+        for token, found in zip(choice_tokens, ids, strict=True):
+            if len(found) != 1:
+                raise ConfigError(
+                    f"data.choice_tokens: {token!r} is {len(found)} tokens {list(found)} for {lm.name}; use one token, e.g. ' A'"
+                )
+        if ids[0] == ids[1]:
+            raise ConfigError(f"data.choice_tokens: both are token {ids[0][0]} for {lm.name}; they must differ")
+        return cls(lm, template, (ids[0][0], ids[1][0]), max_tokens)
+
+    def encode(self, comparisons: Sequence[Comparison]) -> tuple[list[EncodedComparison], list[Comparison]]:
+        """Token ids in both orders, and the comparisons whose two answers do not fit."""
+        fitting, left_out = [], []
+        for comparison in comparisons:
+            encoded = encode_comparison(comparison, self.template, self.lm.encode, self.max_tokens, self.lm.start)
+            if encoded is None:
+                left_out.append(comparison)
+            else:
+                fitting.append(encoded)
+        return fitting, left_out
+
+    def logits(self, encoded: Sequence[EncodedComparison]) -> Tensor:
+        """(n, 2 orders, 2 letters) logits with the adapter in the slot; differentiable."""
+        forest = self.lm.pack([ids for item in encoded for ids in (item.ab, item.ba)])
+        rows = torch.tensor(self.letters, device=self.lm.device)
+        return self.lm.logits(self.lm.hidden(forest)[forest.last], rows).view(-1, 2, 2)
+
+
+def selector_loss(selector: Selector, encoded: Sequence[EncodedComparison]) -> Tensor:
+    """Mean two-way cross-entropy over both orders of labeled comparisons (ALGORITHM section 1)."""
+    choices = torch.tensor([[item.choice, 1 - item.choice] for item in encoded if item.choice is not None])
+    if len(choices) != len(encoded):
+        raise ValueError("every comparison needs a choice to train on")
+    return choice_loss(selector.logits(encoded).flatten(0, 1), choices.flatten().to(selector.lm.device))
+
+
+def letter_margins(
+    selector: Selector, adapters: Sequence[Weights], encoded: Sequence[EncodedComparison], batch_size: int = 16
+) -> Tensor:
+    """(U, n, 2) margins logit("A") - logit("B"): of each adapter on each comparison, shown as (A, B) and as (B, A).
+
+    Dropout is off. Neighbours are packed together, so pass comparisons of one prompt next to each other.
+    """
+    selector.lm.model.eval()
+    out = torch.empty(len(adapters), len(encoded), 2)
+    with torch.no_grad():
+        for u, weights in enumerate(adapters):
+            selector.lm.put_adapter(weights)
+            for start in range(0, len(encoded), batch_size):
+                logits = selector.logits(encoded[start : start + batch_size])
+                out[u, start : start + batch_size] = (logits[..., 0] - logits[..., 1]).cpu()
+    return out
+
+
+def choice_probability(margins: Tensor, temperature: float = 1.0, orders: str = "both") -> Tensor:
+    """(...) probability that A is better, from (..., 2) letter margins.
+
+    Averaging the two orders makes it order-invariant: p(A over B) = 1 - p(B over A). ``orders="one"`` uses (A, B) only.
+    """
+    margin = (margins[..., 0] - margins[..., 1]) / 2 if orders == "both" else margins[..., 0]
+    return torch.sigmoid(margin.double() / temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """What U selectors say of n comparisons: (n,) probability that A is better, (n,) disagreement between them.
+
+    Disagreement is the standard deviation of the selectors' probabilities: 0 where all say the same.
+    """
+
+    probability: Tensor
+    disagreement: Tensor
+
+
+def vote(probabilities: Tensor, rule: str) -> Vote:
+    """Combine (U, n) probabilities of U selectors by a rule of ``VOTES``."""
+    return Vote(VOTES[rule](probabilities), probabilities.std(dim=0, correction=0))
+
+
+def _mean(probabilities: Tensor) -> Tensor:
+    return probabilities.mean(dim=0)
+
+
+def _majority(probabilities: Tensor) -> Tensor:
+    """The share of selectors for A; a tie goes to the sign of the mean margin, by the least bit (mistake 15)."""
+    share = ((probabilities > 0.5).double() + 0.5 * (probabilities == 0.5)).mean(dim=0)
+    lean = torch.logit(probabilities, eps=1e-12).mean(dim=0).sign()
+    return torch.where(share == 0.5, 0.5 + 1e-6 * lean, share)
+
+
+def _min(probabilities: Tensor) -> Tensor:
+    """The least favourable selector: A counts as better only as far as the most sceptical one says, and B likewise."""
+    for_a, for_b = probabilities.min(dim=0).values, (1 - probabilities).min(dim=0).values
+    return for_a / (for_a + for_b)
+
+
+VOTES: dict[str, Callable[[Tensor], Tensor]] = {"mean": _mean, "majority": _majority, "min": _min}

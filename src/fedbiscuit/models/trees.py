@@ -1,0 +1,242 @@
+"""Prefix trees: sequences that share prefixes, packed in one row, each shared token computed once.
+
+Preference learning is full of shared prefixes: both orders of a comparison share the prompt, all pairs of one prompt share
+it, chosen and rejected share it. ``pack`` finds what a set of token sequences shares and lays the resulting forest out
+depth first in a single row. Position numbers restart at every branch, and a token attends to itself, to what stands before
+it in its own node, and to all ancestors. So the model computes exactly what it would for the separate sequences, at the
+cost of the distinct tokens.
+
+With the depth-first layout all of attention is one vector: token ``j`` is visible to token ``i`` if and only if
+``j <= i < reach[j]``, where ``reach[j]`` is the end of the subtree of the node of ``j``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ATTENTION", "Forest", "pack", "tree_attention"]
+
+ATTENTION = "fedbiscuit_tree"
+"""The name under which ``tree_attention`` is registered with transformers."""
+
+MIN_SHARED = 8
+"""A common prefix shorter than this is computed twice: a node of its own costs more than a few tokens."""
+
+MAX_DENSE = 192
+"""A subtree of at most so many tokens is one attention call with a mask; a larger one is a call per node."""
+
+
+Spans = tuple[tuple[int, int], ...]
+"""(start, stop) places in the row, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A run of tokens ``start..stop`` of the row; its subtree ends at ``reach``."""
+
+    start: int
+    stop: int
+    reach: int
+    ancestors: Spans
+    """The nodes above it, from the root down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One attention call: queries ``start..stop`` see ``spans`` and then themselves."""
+
+    start: int
+    stop: int
+    spans: Spans
+
+
+@dataclass
+class Forest:
+    """Packed sequences. ``T`` tokens in the row, ``n`` sequences.
+
+    tokens, positions, reach: (T,) int64. ``paths[i]`` holds the places in the row of the tokens of sequence ``i``, in
+    order; ``last`` (n,) the place of each sequence's last token.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    reach: Tensor
+    last: Tensor
+    paths: list[np.ndarray]
+    calls: list[Call]
+    _masks: dict[tuple[Any, ...], list[Tensor | None]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def masks(self, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
+        """An additive (queries, keys) mask for each call, or None where plain causal attention is meant.
+
+        ``window``: tokens further back than this many positions are hidden (sliding-window layers).
+        """
+        key = (window, dtype)
+        if key not in self._masks:
+            self._masks[key] = [self._mask(call, window, dtype) for call in self.calls]
+        return self._masks[key]
+
+    def _mask(self, call: Call, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        device = self.tokens.device
+        queries = torch.arange(call.start, call.stop, device=device)
+        keys = torch.cat([torch.arange(a, b, device=device) for a, b in (*call.spans, (call.start, call.stop))])
+        visible = (keys[None] <= queries[:, None]) & (queries[:, None] < self.reach[keys][None])
+        if window is not None:
+            visible &= self.positions[queries][:, None] - self.positions[keys][None] < window
+        if not call.spans and bool((visible == torch.ones_like(visible).tril()).all()):
+            return None
+        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+
+
+def pack(
+    sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", min_shared: int = MIN_SHARED
+) -> Forest:
+    """Lay sequences out as a forest of shared prefixes. Equal sequences share everything; none may be empty."""
+    if not sequences or any(len(sequence) == 0 for sequence in sequences):
+        raise ValueError("pack needs at least one sequence, and no empty ones")
+    distinct = sorted({tuple(sequence) for sequence in sequences})
+    arrays = [np.asarray(sequence, dtype=np.int64) for sequence in distinct]
+    shared = [_common_prefix(a, b) for a, b in itertools.pairwise(arrays)]
+    nodes: list[Node] = []
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    paths: dict[tuple[int, ...], np.ndarray] = {}
+
+    def branch(first: int, stop: int, depth: int, start: int, ancestors: Spans) -> int:
+        """Lay ``distinct[first:stop]``, computed up to ``depth``, from place ``start``; the place behind the last one."""
+        while first < stop:
+            close = first + 1
+            while close < stop and shared[close - 1] >= depth + min_shared:
+                close += 1
+            start = grow(first, close, depth, start, ancestors)
+            first = close
+        return start
+
+    def grow(first: int, stop: int, depth: int, start: int, ancestors: Spans) -> int:
+        """One node with all that ``distinct[first:stop]`` share after ``depth``, then its branches."""
+        end = min(shared[first : stop - 1], default=len(arrays[first]))
+        here = start + end - depth
+        tokens.append(arrays[first][depth:end])
+        positions.append(np.arange(depth, end))
+        index = len(nodes)
+        nodes.append(Node(start, here, here, ancestors))
+        lineage = (*ancestors, (start, here))
+        if len(arrays[first]) == end:
+            paths[distinct[first]] = np.concatenate([np.arange(a, b) for a, b in lineage])
+            first += 1
+        reach = branch(first, stop, end, here, lineage)
+        nodes[index] = Node(start, here, reach, ancestors)
+        return reach
+
+    branch(0, len(distinct), 0, 0, ())
+    ordered = [paths[tuple(sequence)] for sequence in sequences]
+    reach = np.concatenate([np.full(node.stop - node.start, node.reach) for node in nodes])
+    return Forest(
+        tokens=torch.from_numpy(np.concatenate(tokens)).to(device),
+        positions=torch.from_numpy(np.concatenate(positions)).to(device),
+        reach=torch.from_numpy(reach).to(device),
+        last=torch.tensor([int(path[-1]) for path in ordered], device=device),
+        paths=ordered,
+        calls=_calls(nodes),
+    )
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    forest: Forest | None = None,
+    **ignored: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over a packed row: query (1, heads, T, size) -> (1, T, heads, size).
+
+    Has the signature of transformers' attention functions; ``forest`` comes through the keyword arguments of the model.
+    """
+    if forest is None:
+        raise RuntimeError(
+            f"{ATTENTION} works on packed rows: pass forest=pack(...), or switch to 'sdpa' for padded batches"
+        )
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    masks = forest.masks(sliding_window, query.dtype)
+    outputs = []
+    for call, mask in zip(forest.calls, masks, strict=True):
+        spans = (*call.spans, (call.start, call.stop))
+        out = _attend(
+            query[:, :, call.start : call.stop],
+            _gather(key, spans),
+            _gather(value, spans),
+            mask,
+            scaling,
+            dropout if module.training else 0.0,
+            softcap,
+        )
+        outputs.append(out)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:
+    """Plain attention with an additive mask; None means causal."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        )
+    scores = torch.tanh(query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5) / softcap) * softcap
+    if mask is None:
+        size = query.shape[2]
+        mask = torch.full((size, size), -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
+    weights = torch.softmax((scores + mask).float(), dim=-1).to(value.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _gather(states: Tensor, spans: Spans) -> Tensor:
+    """The places of ``spans`` (which follow each other in the row) as one tensor; a view where they are contiguous."""
+    if all(a[1] == b[0] for a, b in itertools.pairwise(spans)):
+        return states[:, :, spans[0][0] : spans[-1][1]]
+    return torch.cat([states[:, :, a:b] for a, b in spans], dim=2)
+
+
+def _calls(nodes: Sequence[Node]) -> list[Call]:
+    """A small subtree is one masked call; else its root is one call and its branches follow."""
+    calls: list[Call] = []
+    covered = 0
+    for node in nodes:
+        if node.start < covered:
+            continue
+        stop = node.reach if node.reach - node.start <= MAX_DENSE else node.stop
+        calls.append(Call(node.start, stop, node.ancestors))
+        covered = stop
+    return calls
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading items two arrays share."""
+    size = min(len(a), len(b))
+    differ = a[:size] != b[:size]
+    return int(differ.argmax()) if differ.any() else size

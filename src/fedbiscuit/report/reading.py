@@ -1,0 +1,112 @@
+"""What the page needs from a run folder, read while nobody else is disturbed: no lock is taken, nothing is repaired."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedbiscuit.config import Config, load_config
+from fedbiscuit.rundir import RunDir
+from fedbiscuit.types import ClientId, Grouping
+
+__all__ = ["RunView", "read_run", "validation_series"]
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What one run has left so far. Rows are those of the files of the same name; rounds count from 0 in them."""
+
+    cfg: Config
+    config_text: str
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    rounds: Sequence[Row] = ()
+    global_rounds: Sequence[Row] = ()
+    alignment: Sequence[Row] = ()
+    timings: Sequence[Row] = ()
+    evaluation: Mapping[str, Any] | None = None
+    labels: Mapping[str, Any] | None = None
+    num_completions: int = 0
+    """Prompts that the policy has written completions for."""
+    folders: frozenset[str] = frozenset()
+    """Which of ``selectors``, ``global``, ``policy`` are there, which means that their stage is done."""
+
+    @property
+    def selectors(self) -> Mapping[str, Any]:
+        """The selectors' part of ``evaluation.json``; empty where there is none."""
+        return (self.evaluation or {}).get("selectors") or {}
+
+    @property
+    def policy(self) -> Mapping[str, Any]:
+        """The policy's part of ``evaluation.json``; empty where there is none."""
+        return (self.evaluation or {}).get("policy") or {}
+
+    @cached_property
+    def num_adapters(self) -> int:
+        """How many adapters were in use: those of the settings, or, where each client has its own, those seen."""
+        seen = {u for row in self.rounds for u in row.get("adapter_of", {}).values()}
+        return max(self.cfg.selectors.num_adapters, 1 + max(seen, default=0))
+
+    @cached_property
+    def groupings(self) -> list[tuple[int, Grouping]]:
+        """(number of the round, counted from 1; client to adapter) of each regrouping."""
+        return [(row["round"] + 1, dict(row["grouping"])) for row in self.rounds if row.get("grouping")]
+
+    @cached_property
+    def refused(self) -> dict[ClientId, tuple[int, str]]:
+        """Client to how often its reply was refused, and the reason of the last time."""
+        found: dict[ClientId, tuple[int, str]] = {}
+        for row in self.rounds:
+            for client, reason in row.get("refused", {}).items():
+                found[client] = (found.get(client, (0, ""))[0] + 1, str(reason))
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def left_out(self) -> dict[str, int]:
+        """What was not used, by reason; reasons without a case are not in it."""
+        counts: Counter[str] = Counter()
+        for reason, count in (self.selectors.get("left_out") or {}).items():
+            counts[reason] += count
+        for reason, count in ((self.labels or {}).get("left_out") or {}).items():
+            counts[f"pairs of completions: {reason}"] += count
+        return {reason: count for reason, count in counts.items() if count}
+
+    def total(self, key: str) -> int:
+        """The sum over all rounds of ``bytes_up`` or ``bytes_down``."""
+        return sum(row.get(key, 0) for row in self.rounds)
+
+
+def read_run(run_dir: Path) -> RunView:
+    """Read a run folder, finished or not; ``ConfigError`` where there is no run."""
+    run = RunDir.view(run_dir)
+    cfg = load_config(run_dir / "config.yaml")
+    return RunView(
+        cfg=cfg,
+        config_text=(run_dir / "config.yaml").read_text(encoding="utf-8"),
+        manifest=run.read_json("manifest.json") or {},
+        rounds=run.read_lines("metrics.jsonl"),
+        global_rounds=run.read_lines("global_metrics.jsonl"),
+        alignment=run.read_lines("alignment.jsonl"),
+        timings=run.read_lines("timings.jsonl"),
+        evaluation=run.read_json("evaluation.json"),
+        labels=run.read_json("labels.json"),
+        num_completions=len(run.read_lines("completions.jsonl")),
+        folders=frozenset(name for name in ("selectors", "global", "policy") if (run_dir / name).is_dir()),
+    )
+
+
+def validation_series(rounds: Sequence[Row], key: str) -> list[tuple[int, Any]]:
+    """(number of the round, counted from 1; value) of each evaluation on validation comparisons that has the value."""
+    return list(_validations(rounds, key))
+
+
+def _validations(rounds: Sequence[Row], key: str) -> Iterator[tuple[int, Any]]:
+    for row in rounds:
+        value = (row.get("metrics", {}).get("validation") or {}).get(key)
+        if value is not None:
+            yield row["round"] + 1, value

@@ -1,0 +1,149 @@
+"""What the command line shows: live progress, the table at the end, and error lines.
+
+On a terminal by rich; without one plain lines, and never a colour where ``NO_COLOR`` is set (rich sees to that).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+__all__ = ["ProgressLines", "clean", "print_error", "print_summary"]
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def clean(text: str) -> str:
+    """Text that may hold anything, without what could steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_error(message: str) -> None:
+    """``error: ...`` on stderr, each line of the message with its own."""
+    for line in clean(message).splitlines() or ["unknown"]:
+        print(f"error: {line}", file=sys.stderr)
+
+
+class ProgressLines:
+    """Call it with ``(stage, step, total, note)`` as work is done; steps count from 1.
+
+    On a terminal there is one live bar a stage, with the time left; elsewhere one plain line at the first and last step
+    of a stage and every ten seconds between them. Everything goes to stderr.
+    """
+
+    def __init__(self) -> None:
+        self._live: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, tuple[float, int]] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> ProgressLines:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._live = Progress(
+                TextColumn("{task.description:<10}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=Console(stderr=True),
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, stage: str, step: int, total: int, note: str = "") -> None:
+        """Step ``step`` of ``total`` of this stage is done."""
+        stage, note = clean(stage), clean(note)
+        if self._live is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._live.add_task(stage, total=total, note=note)
+            self._live.update(self._tasks[stage], completed=step, total=total, note=note)
+            return
+        now = time.monotonic()
+        is_first = stage not in self._started
+        first_time, first_step = self._started.setdefault(stage, (now, step))
+        if is_first or step >= total or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (now - first_time) / (step - first_step) * (total - step) if step > first_step else 0.0
+            parts = [f"{stage} {step}/{total}", note, f"{_clock(left)} left" if left else ""]
+            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as ``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def print_summary(evaluation: Mapping[str, Any], report: str, next_commands: Sequence[tuple[str, str]]) -> None:
+    """What a newcomer wants to see at the end of a run: the two tables, where the report is, what to try next."""
+    selectors, policy = evaluation.get("selectors"), evaluation.get("policy")
+    if selectors:
+        print("\nSelectors: how often they agree with people's choices that nobody trained on")
+        rows = [
+            (row["name"], _percent(row["accuracy"]), _interval(row.get("interval")), _percent(row.get("flip_rate")))
+            for row in selectors["rows"]
+        ]
+        _print_table(("", "accuracy", "95% interval", "flips with order"), rows)
+        if selectors.get("adjusted_rand_index") is not None:
+            found = selectors["adjusted_rand_index"]
+            print(f"  Groups against the true ones: adjusted Rand index {found:.2f} (1 is perfect, 0 is chance)")
+        for reason, count in selectors.get("left_out", {}).items():
+            if count:
+                print(f"  Left out: {count} comparisons ({clean(reason)})")
+    if policy:
+        print("\nPolicy: how often the aligned answer is preferred to the raw one, on prompts that nobody trained on")
+        rows = [
+            (judge["name"], _percent(judge["win_rate"]), _interval(judge.get("interval")), _record(judge))
+            for judge in policy["judges"]
+        ]
+        _print_table(("judged by", "win rate", "95% interval", "wins-ties-losses"), rows)
+    print(f"\nReport: {clean(report)}")
+    if next_commands:
+        print("\nNext:")
+        width = max(len(command) for command, _ in next_commands)
+        for command, purpose in next_commands:
+            print(f"  {clean(command):<{width}}  # {purpose}")
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns: the first to the left, the others to the right; bold header on a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for number, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) for cell in row))
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    for line in console.render_lines(table, console.options.update(width=min(console.width - 2, 110)), pad=False):
+        text = "".join(segment.text for segment in line).rstrip()
+        console.print(Text("  " + text))
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}%"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "" if not bounds else f"{100 * bounds[0]:.0f}-{100 * bounds[1]:.0f}%"
+
+
+def _record(judge: Mapping[str, Any]) -> str:
+    counts = [judge.get(key) for key in ("wins", "ties", "losses")]
+    return "" if None in counts else "-".join(str(count) for count in counts)

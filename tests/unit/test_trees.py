@@ -1,0 +1,125 @@
+"""Prefix trees: packing loses nothing, and the model computes what it would for the separate sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbiscuit.models.trees import pack
+
+sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12), min_size=1, max_size=8)
+
+
+@given(sequences, st.integers(1, 4))
+def test_every_sequence_can_be_read_back_from_the_row(batch, min_shared):
+    forest = pack(batch, min_shared=min_shared)
+    for sequence, path in zip(batch, forest.paths, strict=True):
+        assert forest.tokens[path].tolist() == sequence
+        assert forest.positions[path].tolist() == list(range(len(sequence)))
+
+
+@given(sequences, st.integers(1, 4))
+def test_a_token_sees_exactly_its_own_sequence_up_to_itself(batch, min_shared):
+    forest = pack(batch, min_shared=min_shared)
+    place = torch.arange(len(forest.tokens))
+    visible = (place[None] <= place[:, None]) & (place[:, None] < forest.reach[None])
+    for path in forest.paths:
+        for i, token in enumerate(path):
+            assert visible[token].nonzero()[:, 0].tolist() == path[: i + 1].tolist()
+
+
+@given(sequences, st.integers(1, 4))
+def test_the_calls_cover_each_token_once_and_their_masks_say_the_same(batch, min_shared):
+    forest = pack(batch, min_shared=min_shared)
+    place = torch.arange(len(forest.tokens))
+    visible = (place[None] <= place[:, None]) & (place[:, None] < forest.reach[None])
+    covered = []
+    for call, mask in zip(forest.calls, forest.masks(None, torch.float32), strict=True):
+        keys = torch.cat([place[a:b] for a, b in (*call.spans, (call.start, call.stop))])
+        expected = visible[call.start : call.stop][:, keys]
+        shown = mask == 0 if mask is not None else torch.ones_like(expected).tril()
+        assert torch.equal(shown, expected)
+        assert int(visible[call.start : call.stop].sum()) == int(expected.sum())
+        covered += range(call.start, call.stop)
+    assert covered == place.tolist()
+
+
+def test_two_orders_of_a_comparison_share_their_prompt():
+    prompt = list(range(20))
+    forest = pack([[*prompt, 1, 2, 3], [*prompt, 3, 2, 1]])
+    assert len(forest.tokens) == 26
+
+
+def test_a_short_common_start_is_not_worth_a_node():
+    assert len(pack([[1, 2, 3], [1, 2, 4]]).tokens) == 6
+    assert len(pack([[1, 2, 3], [1, 2, 4]], min_shared=2).tokens) == 4
+
+
+def test_equal_sequences_and_prefixes_of_others_are_computed_once():
+    long = list(range(30))
+    forest = pack([long, long, long[:15]])
+    assert len(forest.tokens) == 30
+    assert forest.last.tolist() == [29, 29, 14]
+
+
+def test_an_empty_sequence_is_refused():
+    with pytest.raises(ValueError, match="no empty"):
+        pack([[1], []])
+
+
+def plain_last_logits(lm, batch):
+    """The oracle: each sequence alone through the model's own full forward pass."""
+    with lm.padded() as model:
+        return torch.stack([model(torch.tensor([s])).logits[0, -1] for s in batch])
+
+
+trees = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=40), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_packed_row_gives_the_logits_of_the_separate_sequences(load_tiny, family):
+    lm = load_tiny(family)
+    give_adapter_a_life(lm)
+
+    @given(st.lists(st.integers(0, 255), min_size=1, max_size=40), trees)
+    @settings(max_examples=10, deadline=None)
+    def check(stem, branches):
+        batch = [stem, *([*stem, *branch] for branch in branches), *([*stem, *branches[0], *branch] for branch in branches)]
+        with torch.no_grad():
+            forest = lm.pack(batch)
+            ours = lm.logits(lm.hidden(forest)[forest.last])
+            torch.testing.assert_close(ours, plain_last_logits(lm, batch), atol=1e-5, rtol=1e-5)
+
+    check()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_in_training_mode_equal_those_of_the_separate_sequences(load_tiny, family, checkpointing):
+    lm = load_tiny(family, gradient_checkpointing=checkpointing)
+    give_adapter_a_life(lm)
+    lm.model.train()
+    stem = list(range(60))
+    batch = [[*stem, 7, 8, 9], [*stem, 9, 8], [*stem, 7, 8, 9, *range(100, 230)], [5, 6]]
+
+    def gradients(logits):
+        lm.model.zero_grad()
+        torch.logsumexp(logits, -1).sum().backward()
+        return {name: p.grad.clone() for name, p in lm.trainable().items()}
+
+    forest = lm.pack(batch)
+    ours = gradients(lm.logits(lm.hidden(forest)[forest.last]))
+    with lm.padded() as model:  # the backward pass too: checkpointing runs the forward pass again in it
+        theirs = gradients(torch.stack([model(torch.tensor([s])).logits[0, -1] for s in batch]))
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4)
+        assert gradient.abs().max() > 0
+
+
+def give_adapter_a_life(lm):
+    """B starts at zero: put something there, so that the adapter is part of what is compared."""
+    weights = lm.new_adapter("test")
+    generator = torch.Generator().manual_seed(1)
+    lm.put_adapter({n: w if "lora_A" in n else torch.randn(w.shape, generator=generator) * 0.1 for n, w in weights.items()})
