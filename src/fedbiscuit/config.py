@@ -165,7 +165,7 @@ class TrainingSettings(Section):
 
 
 class FederatedSettings(Section):
-    """The selector phase (ALGORITHM sections 3 to 5)."""
+    """The selector phase: rounds, groups, aggregation."""
 
     num_adapters: Count = Field(1, description="U; 1 is FedBis, more is FedBiscuit")
     rounds: Count = Field(100, description="T")

@@ -20,7 +20,7 @@ import torch
 
 from fedbiscuit.backends.client import Desk
 from fedbiscuit.backends.inprocess import InProcessBackend
-from fedbiscuit.config import Config, FederatedSettings, dump_config
+from fedbiscuit.config import Config, FederatedSettings, dump_config, load_config
 from fedbiscuit.data.encoding import load_template
 from fedbiscuit.data.partition import pooled
 from fedbiscuit.data.sources import Dataset, load
@@ -36,7 +36,7 @@ from fedbiscuit.models.lm import LM, load_lm
 from fedbiscuit.models.policy import Pair, encode_pair, pair_dpo_loss, reference_log_probs
 from fedbiscuit.models.selector import Selector, choice_probability, letter_margins, vote
 from fedbiscuit.models.training import make_optimizer, stream, train
-from fedbiscuit.rundir import RunDir, machine_manifest, run_path
+from fedbiscuit.rundir import RunDir, machine_differences, machine_manifest, run_path
 from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, DataError, RoundRecord, ServerState, Weights
 
 __all__ = ["Progress", "align", "evaluate", "label", "run_all", "train_selectors"]
@@ -160,18 +160,32 @@ def _open(cfg: Config, resume: bool, progress: Progress) -> Iterator[Session]:
     for warning in dataset.warnings:
         log.warning("%s", warning)
     with RunDir.open(run_path(cfg.runs_dir, cfg.name), resume=resume) as run:
-        text = dump_config(cfg)
-        run.check_same("config.yaml", text, "settings")
+        _check_settings(run, cfg)
         run.check_same("manifest.json", {"data": dataset.digests}, "data files")
         session = Session(cfg, run, dataset, progress, dict(dataset.left_out))
         if run.read_json("manifest.json") is None:
-            device = str(session.lm.device)
             digests = {"data": dataset.digests, "model": session.lm.digest, "seed": cfg.seed}
-            run.write_text("config.yaml", text)
-            run.write_json("manifest.json", machine_manifest(device=device) | digests)
+            run.write_json("manifest.json", machine_manifest(device=str(session.lm.device)) | digests)
         else:
             run.check_same("manifest.json", {"model": session.lm.digest}, "base model")
+            for difference in machine_differences(run.read_json("manifest.json") or {}, machine_manifest()):
+                log.warning("%s: %s", run.path, difference)
+        run.write_text("config.yaml", dump_config(cfg))
         yield session
+
+
+def _check_settings(run: RunDir, cfg: Config) -> None:
+    """Stop where a run's settings have changed, but for its place and for what no stage has used yet."""
+    path = run.path / "config.yaml"
+    if not path.exists():
+        return
+    free = {"name", "runs_dir", "evaluation"}
+    if not (run.path / "completions.jsonl").exists():
+        free |= {"generation", "labels"}
+    if not (run.path / "state" / "policy").exists():
+        free |= {"alignment"}
+    saved = load_config(path)
+    run.check_same("config.yaml", dump_config(cfg.model_copy(update={key: getattr(saved, key) for key in free})), "settings")
 
 
 # Stage 1: selectors
@@ -288,7 +302,7 @@ def _row(record: RoundRecord) -> dict[str, Any]:
         "adapter_of": dict(record.adapter_of),
         "regrouped": record.regrouped,
         **({"grouping": dict(record.grouping)} if record.regrouped else {}),
-        "metrics": dict(record.metrics),
+        "metrics": dict(record.metrics) | {"delta_norm": {f"u{u}": norm for u, norm in record.metrics["delta_norm"].items()}},
         "refused": dict(record.refused),
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,

@@ -22,6 +22,7 @@ from fedbiscuit.federated.algorithm import (
     sample_cohort,
     trained_part,
 )
+from fedbiscuit.federated.exchange import Exchange, Lent
 from fedbiscuit.federated.grouping import choose_seat
 from fedbiscuit.types import (
     ClientId,
@@ -193,8 +194,9 @@ def test_a_client_continues_its_stream_where_its_last_accepted_round_stopped() -
     state, _ = fedbiscuit_round(init_state([adapter()]), town, cfg, seed=0)
     assert state.consumed == {"ann": 24, "cy": 24, "di": 24}
     town = Town(FOUR)
-    fedbiscuit_round(state, town, cfg, seed=0)
+    state, _ = fedbiscuit_round(state, town, cfg, seed=0)
     assert {task.client: task.consumed for task in town.asked} == {"ann": 24, "bo": 0, "cy": 24, "di": 24}
+    assert state.consumed == {"ann": 48, "bo": 24, "cy": 48, "di": 48}
 
 
 def test_a_train_task_carries_its_one_adapter_and_how_to_train() -> None:
@@ -251,6 +253,14 @@ def test_no_order_of_arrival_changes_a_single_bit(order: list[int], values: list
     found, other = fedbiscuit_round(state, Shuffled(wishes), biscuit(), seed=0)
     assert same_weights(expected, found)
     assert replace(record, seconds=0.0) == replace(other, seconds=0.0)
+
+
+def test_an_exchange_gives_replies_and_refusals_by_name_whatever_the_order_of_asking() -> None:
+    exchange = Exchange(Town(FOUR))
+    tasks = [Task("train", client, 0, Lent({0: adapter()})) for client in ("di", "bo", "cy", "ann")]
+    assert list(exchange.ask(tasks, lambda task, reply: None)) == ["ann", "bo", "cy", "di"]
+    exchange.ask(tasks, lambda task, reply: "no")
+    assert list(exchange.refused) == ["ann", "bo", "cy", "di"]
 
 
 def test_the_same_state_and_seed_give_the_same_round_and_another_seed_another_cohort() -> None:

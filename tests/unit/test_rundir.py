@@ -195,6 +195,15 @@ def test_any_tensors_come_back_as_they_were(tmp_path_factory: Any, shapes: dict[
     assert same(read_weights(path, expected_of(weights)), weights)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
+    write_weights(tmp_path / "w.safetensors", adapter(), {"note": ""})
+    start = int.from_bytes((tmp_path / "w.safetensors").read_bytes()[:8], "little")
+    write_weights(tmp_path / "w.safetensors", adapter(), {"note": "x" * (length - start)})
+    assert (tmp_path / "w.safetensors").read_bytes()[:8] == length.to_bytes(8, "little")
+    assert same(read_weights(tmp_path / "w.safetensors"), adapter())
+
+
 # Settings and data of a resumed run
 
 

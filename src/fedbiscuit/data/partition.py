@@ -1,4 +1,4 @@
-"""Who holds which comparison (ALGORITHM section 2): by annotator, by a Dirichlet draw over a column, or at random.
+"""Who holds which comparison (docs/algorithm.md section 2): by annotator, by a Dirichlet draw over a column, or at random.
 
 A client's train, validation and test comparisons are its own, and both orders of a pair stay on one side of every cut.
 Every draw is a function of the seed and of the comparison's own texts: the order of the lines in a file means nothing.

@@ -27,7 +27,7 @@ __all__ = ["SOURCES", "Dataset", "load", "split_prompts"]
 
 HELD_OUT_PROMPTS = 0.2
 UNLABELED_SHARE = 0.4
-"""TL;DR: of the posts in no comparison the last 40% are prompts, as in the paper (ALGORITHM section 7)."""
+"""TL;DR: of the posts in no comparison the last 40% are prompts, as in the paper (docs/algorithm.md section 7)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The deltas of one adapter become one delta, and one delta becomes a step of the server (ALGORITHM section 5).
+"""The deltas of one adapter become one delta, and one delta becomes a step of the server (docs/algorithm.md section 5).
 
 All deltas of an adapter are laid out as the rows of one matrix, so that an average is one product. Rows come in the
 order of the clients' names: then no result depends on who answered first, to the last bit.
@@ -89,7 +89,7 @@ def _stacked(deltas: Sequence[Weights]) -> Tensor:
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in first), torch.float32)
     stack = first[0].new_empty(len(deltas), sum(tensor.numel() for tensor in first), dtype=dtype)
     for row, delta in zip(stack, deltas, strict=True):
-        torch.cat([delta[name].detach().reshape(-1) for name in names], out=row)
+        torch.cat([delta[name].detach().reshape(-1).to(row.device) for name in names], out=row)
     return stack
 
 

@@ -1,4 +1,4 @@
-"""The round (ALGORITHM section 3): regroup now and then, sample a cohort, let it train, average, step.
+"""The round (docs/algorithm.md section 3): regroup now and then, sample a cohort, let it train, average, step.
 
 Everything is a function of values: ``fedbiscuit_round(state, backend, cfg, seed) -> (next state, record)``. A state
 that went in is never changed, nor are its tensors.

@@ -1,4 +1,4 @@
-"""Who trains with whom: balanced groups of clients of like taste (ALGORITHM section 4; the paper, section 4.2).
+"""Who trains with whom: balanced groups of clients of like taste (docs/algorithm.md section 4; the paper, section 4.2).
 
 ``prices`` needs no loss from anybody. The rules in the dict at the foot see every client's losses, and belong in
 research in one process.

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,7 @@ def load_lm(settings: ModelSettings) -> LM:
     dtype = _dtype(settings.dtype, device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
@@ -192,10 +194,12 @@ def load_lm(settings: ModelSettings) -> LM:
             f"model.base: {settings.base}: cannot be loaded as a causal LM: {_first_line(error)}"
         ) from error
     model.requires_grad_(False)
-    wrapped = peft.get_peft_model(model, _lora_config(model, settings.lora), autocast_adapter_dtype=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of peft about transformers' names
+        wrapped = peft.get_peft_model(model, _lora_config(model, settings.lora), autocast_adapter_dtype=True)
+        if settings.gradient_checkpointing:
+            wrapped.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped.to(device)
-    if settings.gradient_checkpointing:
-        wrapped.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped.eval()
     lm = LM(wrapped, tokenizer, settings.base, digest)
     _check_fast_path(lm)
@@ -284,6 +288,7 @@ def _converted(gguf: Path, digest: str) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as a transformers folder. The loaded model refuses to be saved, so its weights move to a fresh one."""
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(

@@ -61,7 +61,7 @@ class Selector:
 
 
 def selector_loss(selector: Selector, encoded: Sequence[EncodedComparison]) -> Tensor:
-    """Mean two-way cross-entropy over both orders of labeled comparisons (ALGORITHM section 1)."""
+    """Mean two-way cross-entropy over both orders of labeled comparisons (docs/algorithm.md section 1)."""
     choices = torch.tensor([[item.choice, 1 - item.choice] for item in encoded if item.choice is not None])
     if len(choices) != len(encoded):
         raise ValueError("every comparison needs a choice to train on")
@@ -118,8 +118,9 @@ def _mean(probabilities: Tensor) -> Tensor:
 def _majority(probabilities: Tensor) -> Tensor:
     """The share of selectors for A; a tie goes to the sign of the mean margin, by the least bit (mistake 15)."""
     share = ((probabilities > 0.5).double() + 0.5 * (probabilities == 0.5)).mean(dim=0)
-    lean = torch.logit(probabilities, eps=1e-12).mean(dim=0).sign()
-    return torch.where(share == 0.5, 0.5 + 1e-6 * lean, share)
+    lean = torch.logit(probabilities, eps=1e-12).mean(dim=0)
+    lean = torch.where(lean.abs() < 1e-9, 0.0, lean.sign())
+    return torch.where((share - 0.5).abs() < 1e-9, 0.5 + 1e-6 * lean, share)
 
 
 def _min(probabilities: Tensor) -> Tensor:

@@ -8,18 +8,28 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedbiscuit.report.markup import escaped
 from fedbiscuit.report.style import GROUPS, LIGHT
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["MARKERS", "NAMED_COLOURS", "Drawing", "colour", "colour_of", "draw", "even_steps", "marker_of"]
+__all__ = [
+    "MARKERS",
+    "NAMED_COLOURS",
+    "Drawing",
+    "colour",
+    "colour_of",
+    "draw",
+    "marker_of",
+    "percents",
+    "whole_numbers",
+]
 
-WIDTH = 460
+WIDTH = 410
 NAMED_COLOURS = tuple(LIGHT)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 """One a group, so that groups differ by more than their colour."""
@@ -51,7 +61,7 @@ def marker_of(u: int) -> str:
 
 
 def draw(name: str, label: str, height: int, paint: Callable[[Figure], None]) -> str:
-    """The figure that ``paint`` draws, ``height`` pixels for every 460 of width, as an ``<svg>`` element.
+    """The figure that ``paint`` draws, ``height`` pixels for every 410 of width, as an ``<svg>`` element.
 
     ``label`` says what it shows to readers who do not see it. Settings of the user's matplotlib have no influence.
     """
@@ -64,25 +74,34 @@ def draw(name: str, label: str, height: int, paint: Callable[[Figure], None]) ->
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_settings(name))
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr, call-arg]
         paint(figure)
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_the_page(out.getvalue(), name, label)
+    return _for_the_page(out.getvalue(), label)
 
 
-def even_steps(axes: Axes, most: int = 6) -> None:
-    """Whole numbers below the axis, and not many."""
+def whole_numbers(axis: Axis, most: int = 6) -> None:
+    """Whole numbers along an axis, and not many."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
+    axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
-def _settings(name: str) -> dict[str, object]:
+def percents(axis: Axis, every: float | None = None) -> None:
+    """Percents along an axis of shares, ``every`` so often or as it fits, with as many digits as they need."""
+    from matplotlib.ticker import MaxNLocator, MultipleLocator
+
+    axis.set_major_locator(MultipleLocator(every) if every else MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda value, _: f"{round(100 * value, 2):g}%")
+
+
+def _settings(name: str) -> dict[Any, Any]:
     ink, muted, grid = colour("ink"), colour("muted"), colour("grid")
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": f"fedbiscuit {name}",  # ids differ between the figures of a page, not between two builds
         "text.parse_math": False,
+        "figure.constrained_layout.w_pad": 0.03,
+        "figure.constrained_layout.h_pad": 0.03,
         "font.size": 13.0,
         "axes.titlesize": 13.0,
         "axes.labelsize": 13.0,
@@ -116,17 +135,26 @@ def _settings(name: str) -> dict[str, object]:
     }
 
 
-def _for_the_page(svg: str, name: str, label: str) -> str:
-    """matplotlib's SVG without header, foreign styles, fonts and ids that another figure has too."""
+def _for_the_page(svg: str, label: str) -> str:
+    """matplotlib's SVG as an element of the page: without its header, styles, fonts, and ids that nothing refers to."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="(?!m[0-9a-f]{10}"|p[0-9a-f]{10}"|h[0-9a-f]{10}"|C)[^"]*"', "", svg)
-    svg = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*;? ?', r"\1", svg)
-    svg = re.sub(r'(<text style=")font: ([0-9.]+px) [^;"]*', r"\1font-size: \2", svg)
-    svg = re.sub(r"#0a00([0-9a-f]{2})", lambda found: f"var(--{NAMED_COLOURS[int(found[1], 16)]})", svg)
-    svg = re.sub(r' (?:width|height)="[0-9.]+pt"', "", svg, count=2)
-    svg = re.sub(r"\n\s*", "\n", svg)
-    svg = re.sub(r'(?<=[ \n"][-0-9])([0-9]*\.[0-9]{2})[0-9]+', r"\1", svg) if False else svg
-    opening = f'<svg role="img" aria-label="{escaped(label)}" style="font-family:inherit" '
+    wanted = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
+    svg = re.sub(r"<[^>]+>", lambda tag: _tag(tag[0], wanted), svg)  # texts have no < or > in them: they are escaped
+    opening = f'<svg role="img" aria-label="{escaped(label)}" '
     return opening + svg.removeprefix("<svg ") + "\n"
+
+
+def _tag(tag: str, wanted: set[str]) -> str:
+    """One tag of the SVG: short numbers, the page's colours and letters."""
+    tag = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in wanted else "", tag)
+    tag = re.sub(r"(\.[0-9]{2})[0-9]+", r"\1", tag)
+    tag = re.sub(r"\s+", " ", tag)
+    tag = re.sub(r"#0a00([0-9a-f]{2})", lambda found: f"var(--{NAMED_COLOURS[int(found[1], 16)]})", tag)
+    if tag.startswith("<text"):
+        tag = re.sub(
+            r"font(?:-family)?: (?:([0-9.]+px) )?[^;\"]*;? ?", lambda f: f"font-size: {f[1]}; " * bool(f[1]), tag
+        )
+        tag = re.sub(r' transform="rotate\(-?0 [^"]*"', "", tag)
+    return re.sub(r' (?:width|height)="[0-9.]+pt"', "", tag) if tag.startswith("<svg") else tag

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbiscuit.config import Config, load_config
+from fedbiscuit.report.style import GROUPS
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.types import ClientId, Grouping
 
@@ -51,6 +52,11 @@ class RunView:
         """How many adapters were in use: those of the settings, or, where each client has its own, those seen."""
         seen = {u for row in self.rounds for u in row.get("adapter_of", {}).values()}
         return max(self.cfg.selectors.num_adapters, 1 + max(seen, default=0))
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether clients share selectors in groups, few enough to give each group a colour."""
+        return self.cfg.selectors.population == "federated" and 1 < self.cfg.selectors.num_adapters <= len(GROUPS)
 
     @cached_property
     def groupings(self) -> list[tuple[int, Grouping]]:

@@ -12,14 +12,14 @@ LIGHT = {
     "card": "#ffffff",
     "shade": "#e9ecf1",
     "link": "#1f5fa8",
-    "good": "#14704f",
+    "main": "#0b7080",
     "g0": "#1f66b5",
     "g1": "#c2500f",
-    "g2": "#12806a",
-    "g3": "#8a45b0",
+    "g2": "#8a45b0",
+    "g3": "#2d8034",
     "g4": "#a86f00",
     "g5": "#c2316b",
-    "g6": "#4d7d14",
+    "g6": "#5b6b78",
     "g7": "#5a62c9",
 }
 DARK = {
@@ -30,14 +30,14 @@ DARK = {
     "card": "#1a2028",
     "shade": "#272e39",
     "link": "#84b8f4",
-    "good": "#63cfa3",
+    "main": "#5fc9d6",
     "g0": "#6fb1f5",
     "g1": "#f5935a",
-    "g2": "#4ecbb0",
-    "g3": "#c99af0",
+    "g2": "#c99af0",
+    "g3": "#7fd184",
     "g4": "#e3b34a",
     "g5": "#f587b0",
-    "g6": "#a3cf62",
+    "g6": "#b4c2cf",
     "g7": "#a6adfa",
 }
 GROUPS = tuple(name for name in LIGHT if name[0] == "g" and name[1:].isdigit())
@@ -73,9 +73,9 @@ tbody th{font-weight:400}
 tbody tr.main th,tbody tr.main td{font-weight:650}
 tbody th.code,td.code{overflow-wrap:anywhere;min-width:9em}
 td small{color:var(--muted);font-size:.85em;font-weight:400;white-space:nowrap}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,450px),1fr));gap:18px;align-items:start}
-figure{margin:0;padding:16px 18px 14px}
-figure svg{display:block;width:100%;height:auto;max-width:560px;margin:0 auto}
+.figures{columns:2 420px;column-gap:18px}
+figure{margin:0 0 18px;padding:16px 18px 14px;break-inside:avoid}
+figure svg{display:block;width:100%;height:auto;max-width:540px;margin:0 auto}
 figure svg *{stroke-linejoin:round}
 figcaption{margin-top:8px}
 .card{padding:16px 18px;margin:0 0 14px}
@@ -85,7 +85,7 @@ figcaption{margin-top:8px}
 .pair h4{font-size:.88rem;margin:0 0 4px;color:var(--muted);font-weight:600}
 .pair .text{margin:0}
 .pair>div{min-width:0;border-left:3px solid var(--grid);padding-left:14px}
-.pair>div.aligned{border-left-color:var(--good)}
+.pair>div.aligned{border-left-color:var(--main)}
 details{background:var(--card);border:1px solid var(--grid);border-radius:10px;margin:0 0 12px}
 summary{padding:12px 18px;cursor:pointer;font-weight:600}
 details pre{margin:0;padding:4px 18px 16px;overflow-x:auto;font-size:.86rem;line-height:1.5}
@@ -100,6 +100,9 @@ footer{margin-top:44px;color:var(--muted);font-size:.9rem}
   .tiles li{padding:12px 14px}
   .tiles b{font-size:1.4rem}
   th,td{padding:8px 11px}
+  td{white-space:nowrap}
+  td.left{white-space:normal;min-width:8em}
+  td small{display:block}
   tbody th:first-child{position:sticky;left:0;background:var(--card);max-width:42vw}
   figure{padding:14px 12px 12px}
   .pair{grid-template-columns:1fr;gap:16px}

@@ -196,9 +196,9 @@ def _parse_header(path: Path, data: bytearray) -> tuple[dict[str, Any], dict[str
     """Tensor entries, metadata, and where the data begin; every entry has a known dtype, a shape and offsets."""
     if len(data) < 8:
         raise IntegrityError(f"{path}: {len(data)} bytes, cut off or empty; {RESTORE}")
-    if data.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise IntegrityError(f"{path}: a pickle or zip archive under the name of a safetensors file; it is not opened")
     length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER and data.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        raise IntegrityError(f"{path}: a pickle or zip archive under the name of a safetensors file; it is not opened")
     if length > MAX_HEADER:
         raise IntegrityError(f"{path}: its header claims {length} bytes, at most {MAX_HEADER} are allowed; {RESTORE}")
     if 8 + length > len(data):

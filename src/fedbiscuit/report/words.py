@@ -1,0 +1,143 @@
+"""What came out of a run, in plain sentences, and no more than the numbers bear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedbiscuit.report.markup import count, interval, percent
+from fedbiscuit.report.reading import RunView, validation_series
+from fedbiscuit.rundir.disk import human_bytes
+
+__all__ = ["GLOBAL", "best_judge", "kind_of_run", "row_named", "stage_now", "summary", "tiles"]
+
+Row = Mapping[str, Any]
+
+TRUTH = "known truth"
+LONGER = "the longer answer"
+GLOBAL = "one global selector"
+
+
+def row_named(run: RunView, name: str) -> Row | None:
+    """The row of the selectors' table that has this name."""
+    return next((row for row in run.selectors.get("rows", []) if row.get("name") == name), None)
+
+
+def best_judge(run: RunView) -> Row | None:
+    """The judge to trust most: the known truth where there is one, else the selectors themselves."""
+    judges = run.policy.get("judges", [])
+    return next((judge for judge in judges if judge["name"].startswith(TRUTH)), judges[0] if judges else None)
+
+
+def kind_of_run(run: RunView) -> str:
+    """The method, in a few words."""
+    chosen = run.cfg.selectors
+    if chosen.local.objective != "choice":
+        return f"federated {chosen.local.objective.upper()} of the policy itself (a baseline)"
+    if chosen.population == "centralized":
+        return "one selector, trained on all data in one place (a baseline)"
+    if chosen.population == "local":
+        return "a selector for each client, trained alone (a baseline)"
+    if run.num_adapters > 1:
+        return f"FedBiscuit: {run.num_adapters} group selectors, trained federatedly"
+    return "FedBis: one selector, trained federatedly"
+
+
+def stage_now(run: RunView) -> str | None:
+    """Where an unfinished run is; None where its evaluation is written."""
+    if run.evaluation is not None:
+        return None
+    cfg = run.cfg
+    if "selectors" not in run.folders:
+        return f"training the selectors, round {len(run.rounds)} of {cfg.selectors.rounds} done"
+    if cfg.evaluation.compare_global and cfg.selectors.num_adapters > 1 and "global" not in run.folders:
+        done = len(run.global_rounds)
+        return f"training the global selector to compare with, round {done} of {cfg.selectors.rounds} done"
+    if "policy" in run.folders:
+        return "trained and aligned, not evaluated yet"
+    if run.alignment:
+        return f"aligning the policy, step {len(run.alignment)} of {cfg.alignment.steps} done"
+    if run.labels is not None:
+        return f"{count(run.labels.get('pairs', 0), 'pair')} labeled, the policy is not aligned yet"
+    if run.num_completions:
+        return f"the policy has answered {count(run.num_completions, 'prompt')}, nothing is labeled yet"
+    return "the selectors are trained, nothing is labeled yet"
+
+
+def summary(run: RunView) -> list[str]:
+    """One sentence on what came out; then, where it is needed, what to be careful about."""
+    stage = stage_now(run)
+    if stage is not None:
+        return [f"This run is not finished: {stage}.{_so_far(run)}"]
+    parts, cautions = [], []
+    rows = run.selectors.get("rows", [])
+    if rows:
+        own = rows[0]
+        others = [f"{percent(row['accuracy'], 0)} for {_with_the(row)}" for row in rows[1:] if row["name"] != "chance"]
+        who = "The selector" if run.num_adapters == 1 else "The selector of a client’s group"
+        who = "A client’s own selector" if run.cfg.selectors.population == "local" else who
+        compared = f" (against {', '.join([*others, '50% for chance'])})"
+        parts.append(f"{who} agrees with {percent(own['accuracy'], 0)} of people’s choices it has not seen{compared}")
+        cautions += _cautions_on_selectors(run, own)
+    judge = best_judge(run)
+    if judge is not None:
+        by = "the known truth" if judge["name"].startswith(TRUTH) else "the selectors"
+        parts.append(
+            f"the aligned policy’s answer wins against the raw policy’s on {percent(judge['win_rate'], 0)} of"
+            f" prompts, as judged by {by}"
+        )
+        bounds = judge.get("interval")
+        if bounds and bounds[0] <= 0.5 <= bounds[1]:
+            cautions.append(f"The win rate could be a draw: its 95% interval is {interval(bounds)}.")
+        elif not judge["name"].startswith(TRUTH):
+            cautions.append("The policy was trained to please these same selectors, so people may judge otherwise.")
+    if not parts:
+        return ["The policy is trained; nothing in this run can judge it.", *cautions]
+    sentence = ", and ".join(parts)
+    return [f"{sentence[:1].upper()}{sentence[1:]}.", *cautions]
+
+
+def _cautions_on_selectors(run: RunView, own: Row) -> list[str]:
+    bounds, cautions = own.get("interval"), []
+    longer, shared = row_named(run, LONGER), row_named(run, GLOBAL)
+    if bounds and bounds[0] <= 0.5:
+        cautions.append(f"This is not clearly better than chance: the 95% interval is {interval(bounds)}.")
+    elif longer is not None and own["accuracy"] <= longer["accuracy"]:
+        cautions.append("Always taking the longer answer would have done as well.")
+    if shared is not None and shared is not own and own["accuracy"] <= shared["accuracy"]:
+        cautions.append("Groups did not pay here: one global selector did as well.")
+    return cautions
+
+
+def _so_far(run: RunView) -> str:
+    seen = validation_series(run.rounds, "accuracy")
+    if not seen:
+        return ""
+    first, last = seen[0], seen[-1]
+    rise = f", {percent(first[1], 0)} after round {first[0]}" if len(seen) > 1 else ""
+    return f" After round {last[0]} selectors agree with {percent(last[1], 0)} of people’s validation choices{rise}."
+
+
+def tiles(run: RunView) -> list[tuple[str, str]]:
+    """(number, what it is) of the few numbers that one wants first."""
+    found = []
+    rows = run.selectors.get("rows", [])
+    if rows:
+        found.append((percent(rows[0]["accuracy"], 0), f"agreement with people: {rows[0]['name']}"))
+    elif seen := validation_series(run.rounds, "accuracy"):
+        found.append((percent(seen[-1][1], 0), f"of validation choices agreed with, after round {seen[-1][0]}"))
+    judge = best_judge(run)
+    if judge is not None:
+        found.append((percent(judge["win_rate"], 0), f"wins of the aligned policy, judged by {_with_the(judge)}"))
+    match = run.selectors.get("adjusted_rand_index")
+    if match is not None:
+        found.append((f"{match:.2f}", "match of the groups with the true ones (1 perfect, 0 by chance)"))
+    if run.total("bytes_up"):
+        sent, rounds = run.total("bytes_up"), len(run.rounds)
+        found.append((human_bytes(sent).replace(".0 ", " "), f"sent up by all clients in {count(rounds, 'round')}"))
+    return found
+
+
+def _with_the(judge: Row) -> str:
+    name = str(judge["name"])
+    return name if name.startswith(("the ", "one ")) else f"the {name}"

@@ -1,0 +1,250 @@
+"""A whole run with a two-layer model: what it leaves, that it resumes bit for bit, and what must never leave a client."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedbiscuit import pipeline
+from fedbiscuit.config import Config, parse_config
+from fedbiscuit.types import ConfigError, IntegrityError, rng_for
+
+NOT_COMPARED = {"timings.jsonl", "run.lock", "report.html", "manifest.json", "config.yaml"}
+"""Files with a clock, a lock or the run's own name in them."""
+
+
+def write_world(path: Path, num_clients: int = 6, per_split: tuple[int, int, int] = (8, 4, 4)) -> Path:
+    """Clients of two tastes: even ones like the answer that ends in 'x', odd ones the other."""
+    rows = []
+    for k in range(num_clients):
+        rng = rng_for("world", k)
+        for split, count in zip(("train", "val", "test"), per_split, strict=True):
+            for i in range(count):
+                good, bad = (f"{rng.randint(0, 99)}{letter}" for letter in ("xy" if k % 2 == 0 else "yx"))
+                place = rng.randint(0, 1)
+                a, b = (bad, good) if place else (good, bad)
+                row = {"prompt": f"{split} question {k} {i}?", "output_a": a, "output_b": b, "choice": place}
+                rows.append({**row, "client": f"person-{k}", "split": split, "meta": {"group": k % 2}})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(tmp_path: Path, model: Path, *overrides: str, name: str = "one") -> Config:
+    world = tmp_path / "world.jsonl"
+    if not world.exists():
+        write_world(world)
+    text = f"""
+name: {name}
+runs_dir: {tmp_path / "runs"}
+model: {{base: {model}, device: cpu, threads: 1, lora: {{r: 4, dropout: 0.1}}}}
+data: {{path: {world}, template: choice, max_tokens: 200}}
+selectors:
+  num_adapters: 2
+  rounds: 6
+  cohort_size: 4
+  warmup_rounds: 1
+  regroup_every: 2
+  eval_every: 2
+  keep_every: 3
+  local: {{steps: 2, batch_size: 2, lr: 0.01}}
+generation: {{num_prompts: 6, num_completions: 3, max_new_tokens: 6, temperature: 1.0, batch_size: 2}}
+alignment: {{steps: 5, batch_size: 2, lr: 0.01, save_every: 2}}
+evaluation: {{num_prompts: 4, bootstrap: 50, compare_global: true}}
+"""
+    return parse_config(text, overrides, "test.yaml")
+
+
+def digests(run: Path) -> dict[str, str]:
+    """sha256 of all files of a run that a clock does not change."""
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name not in NOT_COMPARED
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model):
+    """A finished run: its folder and its settings."""
+    tmp_path = tmp_path_factory.mktemp("finished")
+    cfg = settings(tmp_path, tiny_model)
+    return pipeline.run_all(cfg), cfg
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_design_says(finished):
+    run, _ = finished
+    expected = """config.yaml manifest.json metrics.jsonl completions.jsonl preferences.jsonl evaluation.json policy
+                  selectors/u0/adapter_config.json selectors/u1/adapter_model.safetensors selectors/u1/README.md
+                  checkpoints/round-000003/u0 checkpoints/round-000006/u1 global/u0"""
+    for name in expected.split():
+        assert (run / name).exists(), name
+
+
+def test_the_log_has_a_line_a_round_with_the_phase_groups_and_bytes(finished):
+    run, cfg = finished
+    rows = lines(run / "metrics.jsonl")
+    assert [row["round"] for row in rows] == list(range(6))
+    assert [row["phase"] for row in rows] == ["warmup"] * 2 + ["federated"] * 4
+    assert [row["regrouped"] for row in rows] == [False, False, True, False, True, False]
+    assert all(row["bytes_up"] > 0 and row["bytes_down"] > 0 for row in rows)
+    assert "accuracy" in rows[1]["metrics"]["validation"]
+    assert len(lines(run / "global_metrics.jsonl")) == cfg.selectors.rounds
+
+
+def test_adapters_load_with_peft_and_preferences_load_as_a_trl_dataset(finished, tiny_model):
+    run, _ = finished
+    peft = pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl")
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    for folder in ("selectors/u1", "policy"):
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), run / folder)
+        saved = load_file(run / folder / "adapter_model.safetensors")
+        loaded = peft.get_peft_model_state_dict(model)
+        assert saved.keys() == loaded.keys()
+        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+        assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
+    data = datasets.Dataset.from_list(lines(run / "preferences.jsonl"))
+    args = trl.DPOConfig(output_dir=str(run.parent / "trl"), report_to=[], use_cpu=True, bf16=False, max_steps=1)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    trainer = trl.DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model), args=args, train_dataset=data, processing_class=tokenizer
+    )
+    trainer.train()
+
+
+def test_evaluation_compares_group_selectors_with_one_global_one_the_longer_answer_and_chance(finished):
+    run, _ = finished
+    result = json.loads((run / "evaluation.json").read_text())
+    names = [row["name"] for row in result["selectors"]["rows"]]
+    assert names == [
+        "selector of the client's group",
+        "vote of all selectors",
+        "one global selector",
+        "the longer answer",
+        "chance",
+    ]
+    assert set(result["selectors"]["clients"]) == {f"person-{k}" for k in range(6)}
+    judge = result["policy"]["judges"][0]
+    assert judge["wins"] + judge["losses"] + judge["ties"] == 4
+    assert judge["win_rate"] == (judge["wins"] + judge["ties"] / 2) / 4
+
+
+def test_a_second_run_with_the_same_seed_is_the_same_bit_for_bit(finished, tmp_path, tiny_model):
+    run, _ = finished
+    (tmp_path / "world.jsonl").write_bytes((run.parents[1] / "world.jsonl").read_bytes())
+    again = pipeline.run_all(settings(tmp_path, tiny_model))
+    assert digests(again) == digests(run)
+
+
+KILL = """
+import sys
+from fedbiscuit import pipeline
+from fedbiscuit.config import load_config
+pipeline.run_all(load_config(sys.argv[1], []), resume=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["state_tensors:2", "lines_half:5", "state_saved:9", "lines_half:23", "file_written:4", "state_manifest:15", "lines_written:31"],
+)
+def test_fault_83_kill_9_and_resume_ends_in_the_same_files_bit_for_bit(finished, tmp_path, tiny_model, where):
+    run, _ = finished
+    (tmp_path / "world.jsonl").write_bytes((run.parents[1] / "world.jsonl").read_bytes())
+    from fedbiscuit.config import dump_config
+
+    config = tmp_path / "cfg.yaml"
+    config.write_text(dump_config(settings(tmp_path, tiny_model)))
+    environment = {**os.environ, "FEDBISCUIT_CRASH_AT": where, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILL, str(config)], env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert digests(tmp_path / "runs" / "one") != digests(run)
+    again = pipeline.run_all(settings(tmp_path, tiny_model), resume=True)
+    assert digests(again) == digests(run)
+
+
+def test_resuming_with_other_settings_is_refused_and_evaluation_may_change(finished):
+    run, cfg = finished
+    other = cfg.model_copy(update={"seed": 1})
+    with pytest.raises(ConfigError, match="seed"):
+        pipeline.run_all(other, resume=True)
+    more = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update={"num_prompts": 3})})
+    before = digests(run)
+    pipeline.evaluate(more)
+    judge = json.loads((run / "evaluation.json").read_text())["policy"]["judges"][0]
+    assert judge["wins"] + judge["losses"] + judge["ties"] == 3
+    pipeline.evaluate(cfg)
+    assert digests(run) == before
+
+
+def test_fault_30_a_data_file_that_changed_is_noticed_at_resume(tmp_path, tiny_model):
+    cfg = settings(tmp_path, tiny_model, "selectors.rounds=3")
+    pipeline.train_selectors(cfg)
+    write_world(tmp_path / "world.jsonl", per_split=(9, 4, 4))
+    with pytest.raises(IntegrityError, match="data files"):
+        pipeline.train_selectors(cfg, resume=True)
+
+
+def test_mistake_10_labeling_without_trained_selectors_is_an_error(tmp_path, tiny_model):
+    with pytest.raises((ConfigError, IntegrityError), match="selectors"):
+        pipeline.label(settings(tmp_path, tiny_model))
+
+
+def test_aligning_without_labels_is_an_error_with_the_next_step(tmp_path, tiny_model):
+    with pytest.raises(ConfigError, match="fedbiscuit label"):
+        pipeline.align(settings(tmp_path, tiny_model))
+
+
+def test_mistake_13_the_last_round_is_saved_whatever_save_every_says(tmp_path, tiny_model):
+    cfg = settings(tmp_path, tiny_model, "selectors.rounds=5", "selectors.save_every=3")
+    run = pipeline.train_selectors(cfg)
+    assert sorted(p.name for p in (run / "state" / "selectors").iterdir()) == ["00000003", "00000005"]
+    assert (run / "selectors" / "u1" / "adapter_model.safetensors").exists()
+
+
+def test_early_stopping_ends_after_patience_evaluations_without_gain(tmp_path, tiny_model):
+    overrides = ["selectors.rounds=40", "selectors.patience=2", "selectors.local.lr=1e-30", "selectors.eval_every=1"]
+    run = pipeline.train_selectors(settings(tmp_path, tiny_model, *overrides))
+    assert 3 <= len(lines(run / "metrics.jsonl")) < 40
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["selectors.num_adapters=1", "selectors.population=centralized", "selectors.cohort_size=1"],
+        ["selectors.num_adapters=1", "selectors.population=local"],
+        ["selectors.num_adapters=1", "selectors.lora_aggregation=freeze_a", "selectors.server_optimizer=adam"],
+        ["selectors.num_adapters=1", "selectors.local.objective=sft", "alignment.steps=1"],
+        ["selectors.num_adapters=1", "selectors.local.objective=dpo"],
+        ["selectors.grouping=optimal", "selectors.aggregator=norm_clipped_mean", "selectors.scale=population"],
+        ["selectors.grouping=greedy", "selectors.aggregator=median", "selectors.weights=examples"],
+        ["selectors.grouping=nearest", "selectors.server_optimizer=momentum"],
+    ],
+)
+def test_baselines_and_options_are_settings_of_the_same_loop(tmp_path, tiny_model, overrides):
+    base = ["evaluation.compare_global=false", "selectors.rounds=3", "selectors.keep_every=0"]
+    cfg = settings(tmp_path, tiny_model, *base, *overrides)
+    run = pipeline.run_all(cfg)
+    result = json.loads((run / "evaluation.json").read_text())
+    if cfg.selectors.local.objective == "choice":
+        assert 0 <= result["selectors"]["rows"][0]["accuracy"] <= 1
+    else:
+        assert (run / "policy" / "adapter_model.safetensors").exists()
+        assert result["policy"]["judges"] == []

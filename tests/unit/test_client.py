@@ -1,0 +1,140 @@
+"""What a client does with a task, and what may leave it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from fedbiscuit.backends.client import Desk, Memory, answer
+from fedbiscuit.backends.inprocess import InProcessBackend
+from fedbiscuit.data.encoding import load_template
+from fedbiscuit.models.selector import Selector
+from fedbiscuit.types import ClientData, Comparison, LocalTraining, Reply, Task
+
+SECRET = "zebra-secret"
+
+
+@pytest.fixture(scope="module")
+def desk(load_tiny):
+    return Desk(Selector.of(load_tiny(), load_template("choice"), (" A", " B"), 200), seed=0)
+
+
+def comparisons(count: int, choice: int = 0, client: str = "ann") -> tuple[Comparison, ...]:
+    return tuple(Comparison(f"{SECRET} {i}", f"{SECRET} yes {i}", "no", choice, client, id=f"{SECRET}-{i}") for i in range(count))
+
+
+def holder(choice: int = 0) -> ClientData:
+    return ClientData(comparisons(6), tuple(dataclasses.replace(c, choice=choice) for c in comparisons(5)))
+
+
+def two_adapters(desk):
+    generator = torch.Generator().manual_seed(5)
+    base = desk.selector.lm.new_adapter("base")
+    other = {n: w if "lora_A" in n else torch.randn(w.shape, generator=generator) * 0.3 for n, w in base.items()}
+    return {0: base, 1: other}
+
+
+LOCAL = LocalTraining(steps=2, batch_size=2, lr=0.01)
+
+
+def replies_of(desk, data, prices=(0.0, 0.0)):
+    """All that a client ever answers in a round, by default."""
+    adapters, memory = two_adapters(desk), Memory()
+    return [
+        answer(Task("evaluate", "ann", 0, adapters), data, desk, memory),
+        answer(Task("seat", "ann", 0, prices=prices), data, desk, memory),
+        answer(Task("train", "ann", 0, {1: adapters[1]}, local=LOCAL), data, desk, memory),
+    ]
+
+
+def content(reply: Reply) -> bytes:
+    """Every byte of a reply, tensors included."""
+    out = io.StringIO()
+    out.write(repr({f.name: getattr(reply, f.name) for f in dataclasses.fields(reply) if f.name != "delta"}))
+    return out.getvalue().encode() + (save(dict(reply.delta)) if reply.delta else b"")
+
+
+def test_no_text_of_the_data_and_no_id_occurs_in_what_leaves_a_client(desk):
+    for reply in replies_of(desk, holder()):
+        assert SECRET.encode() not in content(reply)
+        assert b"yes" not in content(reply)
+
+
+def test_no_number_that_depends_on_the_validation_choices_leaves_a_client_but_the_seat(desk):
+    """The same client with all validation choices the other way round answers the same, but for the seat it may take."""
+    for reply, other in zip(replies_of(desk, holder(0)), replies_of(desk, holder(1)), strict=True):
+        assert content(dataclasses.replace(reply, seat=None)) == content(dataclasses.replace(other, seat=None))
+    assert all(not reply.metrics for reply in replies_of(desk, holder()))
+
+
+def test_the_seat_does_depend_on_them_and_on_the_prices(desk):
+    """So the test above is about something: the losses are there, at the client."""
+    seats = {choice: replies_of(desk, holder(choice))[1].seat for choice in (0, 1)}
+    assert set(seats.values()) == {0, 1}
+    dear = tuple(1e6 if u == seats[0] else 0.0 for u in range(2))
+    assert replies_of(desk, holder(0), dear)[1].seat != seats[0]
+
+
+def test_a_failed_client_is_a_reply_that_names_no_text(desk):
+    backend = InProcessBackend(desk, {"ann": ClientData(comparisons(2)), "bo": holder()})
+    replies = backend.run([Task("evaluate", c, 0, two_adapters(desk)) for c in ("ann", "bo")])
+    assert [reply.ok for reply in replies] == [False, True]
+    assert "no validation comparisons" in replies[0].error
+    assert SECRET not in replies[0].error
+
+
+def test_the_delta_is_end_minus_start_and_the_server_tensors_stay_as_they_were(desk):
+    adapters = two_adapters(desk)
+    before = {n: t.clone() for n, t in adapters[1].items()}
+    reply = answer(Task("train", "ann", 3, {1: adapters[1]}, local=LOCAL), holder(), desk, Memory())
+    end = desk.selector.lm.adapter()
+    assert all(torch.equal(adapters[1][n], before[n]) for n in before)
+    assert all(torch.allclose(before[n] + reply.delta[n], end[n], atol=1e-7) for n in before)
+    assert reply.adapter == 1
+    assert reply.num_examples == 4
+    assert any(t.abs().max() > 0 for t in reply.delta.values())
+
+
+def test_training_is_a_function_of_seed_round_client_and_what_was_consumed(desk):
+    def delta(**changes):
+        task = dataclasses.replace(Task("train", "ann", 3, {0: two_adapters(desk)[0]}, local=LOCAL), **changes)
+        return torch.cat([t.flatten() for _, t in sorted(answer(task, holder(), desk, Memory()).delta.items())])
+
+    first = delta()
+    answer(Task("train", "bo", 9, {0: two_adapters(desk)[1]}, local=LOCAL), holder(1), desk, Memory())
+    assert torch.equal(first, delta())
+    assert not torch.equal(first, delta(consumed=3))
+
+
+def test_with_freeze_a_only_the_b_matrices_move_and_travel(desk):
+    frozen = dataclasses.replace(desk, freeze_a=True)
+    start = two_adapters(desk)[1]
+    reply = answer(Task("train", "ann", 0, {0: start}, local=LOCAL), holder(), frozen, Memory())
+    assert reply.delta
+    assert all("lora_B" in name for name in reply.delta)
+    end = desk.selector.lm.adapter()
+    assert all(torch.equal(end[name], start[name]) for name in start if "lora_A" in name)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_the_baselines_train_the_policy_itself_and_lower_their_loss(desk, objective):
+    from fedbiscuit.backends.client import _objective
+
+    how = dataclasses.replace(LOCAL, objective=objective, steps=20, lr=0.01)
+    data, lm = holder(), desk.selector.lm
+    start = two_adapters(desk)[0]
+    lm.put_adapter(start)
+    lm.model.eval()
+    before = float(_objective(data.train, desk, how))
+    answer(Task("train", "ann", 0, {0: start}, local=how), data, desk, Memory())
+    assert float(_objective(data.train, desk, how)) < before
+
+
+def test_a_fault_of_ours_is_not_hidden_as_a_failed_client(desk):
+    backend = InProcessBackend(desk, {"ann": holder()})
+    with pytest.raises(KeyError):
+        backend.run([Task("train", "nobody", 0, {0: two_adapters(desk)[0]}, local=LOCAL)])
