@@ -570,9 +570,10 @@ def test_a_client_that_falls_silent_between_prices_is_held_at_its_last_answer() 
         return reply
 
     wishes = {"ann": 1.0, "bo": 1.2, "cy": 1.1, "di": 1.3}
-    state = init_state([adapter(-0.1), adapter(0.1)])
+    state = replace(init_state([adapter(-0.1), adapter(0.1)]), grouping={"bo": 0})
     _, record = fedbiscuit_round(state, Town(wishes, answer), biscuit(), seed=0)
     assert len(seats_given) > 1
+    assert record.grouping["bo"] == seats_given[0] == 1
     assert sorted(record.grouping.values()) == [0, 0, 1, 1]
 
 

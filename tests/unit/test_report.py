@@ -54,7 +54,7 @@ def write_fake_run(
     settings = [
         f"name={folder.name}", f"selectors.num_adapters={num_adapters}", f"selectors.rounds={rounds}",
         f"selectors.warmup_rounds={warmup}", "selectors.regroup_every=5", f"alignment.steps={steps}",
-        f"evaluation.compare_global={str(several).lower()}", "data.source=demo", *overrides,
+        f"evaluation.compare_global={str(several).lower()}", "data.path=people.jsonl", *overrides,
     ]  # fmt: skip
     (folder / "config.yaml").write_text(dump_config(parse_config("seed: 0", settings)))
     (folder / "manifest.json").write_text(
@@ -280,6 +280,11 @@ def test_the_first_sentence_says_what_came_out(whole: tuple[Path, str]) -> None:
     ]
 
 
+def test_the_choices_of_the_demo_world_are_not_called_those_of_people(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path / "demo", overrides=("data.source=demo",))
+    assert "79% of the demo world’s simulated people’s choices" in summary(read_run(folder))[0]
+
+
 def changed(run: RunView, own: dict[str, Any] | None = None, judge: dict[str, Any] | None = None) -> RunView:
     """The same run with other numbers for its selectors and, as its only judge, another one."""
     evaluation = json.loads(json.dumps(run.evaluation))
@@ -410,9 +415,9 @@ def test_no_text_of_a_user_or_a_model_can_become_markup(tmp_path: Path) -> None:
 
 
 def test_a_name_that_looks_like_one_of_our_colours_or_ids_stays_as_it_is(tmp_path: Path) -> None:
-    names = ["#0a00ff", '<a id="x">', 'style="#0a0001"', "1.23456789", *NAMES[:8]]
+    names = ["#0a00ff", '<a id="x">', 'style="#0a0001"', "1.23456789", "$x_1$", *NAMES[:7]]
     page = page_of(write_fake_run(tmp_path / "demo", names=names))
-    assert {"#0a00ff", '<a id="x">', 'style="#0a0001"', "1.23456789"} <= set(page.texts)
+    assert {"#0a00ff", '<a id="x">', 'style="#0a0001"', "1.23456789", "$x_1$"} <= set(page.texts)
 
 
 def test_fault_28_characters_that_hide_or_reorder_text_are_written_out(tmp_path: Path) -> None:
@@ -469,7 +474,7 @@ def test_the_same_run_gives_the_same_bytes_in_another_process_with_other_setting
 ) -> None:
     folder = write_fake_run(tmp_path / "demo")
     (tmp_path / "matplotlibrc").write_text(
-        "font.size: 30\naxes.facecolor: red\nsvg.fonttype: path\nlines.linewidth: 9\n"
+        "axes.xmargin: 0.3\nxtick.direction: in\naxes.spines.bottom: False\nsvg.fonttype: path\n"
     )
     code = "import sys; from pathlib import Path; from fedbiscuit.report import write_report; write_report(Path(sys.argv[1]))"
     environment = {"PYTHONHASHSEED": "7", "MATPLOTLIBRC": str(tmp_path), "TZ": "Asia/Tokyo", "HOME": str(tmp_path)}

@@ -56,7 +56,7 @@ class RunView:
     @property
     def has_groups(self) -> bool:
         """Whether clients share selectors in groups, few enough to give each group a colour."""
-        return self.cfg.selectors.population == "federated" and 1 < self.cfg.selectors.num_adapters <= len(GROUPS)
+        return 1 < self.cfg.selectors.num_adapters <= len(GROUPS)
 
     @cached_property
     def groupings(self) -> list[tuple[int, Grouping]]:

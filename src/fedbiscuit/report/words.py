@@ -77,7 +77,9 @@ def summary(run: RunView) -> list[str]:
         who = "The selector" if run.num_adapters == 1 else "The selector of a client’s group"
         who = "A client’s own selector" if run.cfg.selectors.population == "local" else who
         compared = f" (against {', '.join([*others, '50% for chance'])})"
-        parts.append(f"{who} agrees with {percent(own['accuracy'], 0)} of people’s choices it has not seen{compared}")
+        parts.append(
+            f"{who} agrees with {percent(own['accuracy'], 0)} of {_whose(run)} choices it has not seen{compared}"
+        )
         cautions += _cautions_on_selectors(run, own)
     judge = best_judge(run)
     if judge is not None:
@@ -115,7 +117,14 @@ def _so_far(run: RunView) -> str:
         return ""
     first, last = seen[0], seen[-1]
     rise = f", {percent(first[1], 0)} after round {first[0]}" if len(seen) > 1 else ""
-    return f" After round {last[0]} selectors agree with {percent(last[1], 0)} of people’s validation choices{rise}."
+    return (
+        f" After round {last[0]} selectors agree with {percent(last[1], 0)} of {_whose(run)} validation choices{rise}."
+    )
+
+
+def _whose(run: RunView) -> str:
+    """Whose choices they are: those of the demo world are made up, and the page says so."""
+    return "the demo world’s simulated people’s" if run.cfg.data.source == "demo" else "people’s"
 
 
 def tiles(run: RunView) -> list[tuple[str, str]]:
