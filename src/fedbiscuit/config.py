@@ -67,6 +67,9 @@ class LoraSettings(Section):
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="names of the linear layers that get an adapter, such as [q_proj, v_proj]"
     )
+    layers_to_transform: tuple[CountOrOff, ...] = Field(
+        (), description="numbers of the layers that get an adapter; empty: all. Only upper layers train faster"
+    )
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
 
 

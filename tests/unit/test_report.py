@@ -18,7 +18,7 @@ import pytest
 
 from fedbiscuit.config import dump_config, parse_config
 from fedbiscuit.report import write_report
-from fedbiscuit.report.markup import shortened, visible
+from fedbiscuit.report.markup import name_on_axis, shortened, visible
 from fedbiscuit.report.reading import RunView, read_run
 from fedbiscuit.report.style import DARK, GROUPS, LIGHT
 from fedbiscuit.report.words import summary
@@ -299,6 +299,7 @@ def test_a_result_that_is_no_better_than_a_simple_rule_is_called_so(whole: tuple
     assert any("longer answer would have done" in s for s in summary(changed(run, {"accuracy": 0.55})))
     assert any("one global selector did as well" in s for s in summary(changed(run, {"accuracy": 0.66})))
     assert any("could be a draw" in s for s in summary(changed(run, judge={"interval": [0.48, 0.9]})))
+    assert any("order still counts" in s for s in summary(changed(run, {"flip_rate": 0.4})))
     assert any("people may judge otherwise" in s for s in summary(changed(run)))
 
 
@@ -522,6 +523,8 @@ def test_text_and_lines_stand_out_from_what_is_behind_them(colours: dict[str, st
 def test_a_long_text_is_cut_and_the_rest_is_counted() -> None:
     assert shortened("abc", 3) == "abc"
     assert shortened("abcd", 3) == "ab…"
+    assert name_on_axis("worker") == "worker"
+    assert name_on_axis("a worker of number 12345") == "a worker…r 12345"
     assert shortened("x" * 1510, 1500) == "x" * 1500 + "… (10 more characters)"
 
 

@@ -311,21 +311,27 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _lora_config(model: Any, lora: LoraSettings) -> peft.LoraConfig:
-    linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-    heads = {name for name, m in model.named_modules() if m is model.get_output_embeddings()}
+    head = model.get_output_embeddings()
+    inside = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    linear = sorted({name.rsplit(".", 1)[-1] for name in inside})
     if lora.target_modules != "all-linear":
-        wrong = [name for name in lora.target_modules if name not in linear or name in heads]
+        wrong = [name for name in lora.target_modules if name not in linear]
         if wrong or not lora.target_modules:
             raise ConfigError(
-                f"model.lora.target_modules: {wrong or 'nothing'} cannot get an adapter in this model; "
-                f"choose from {[name for name in linear if name not in heads]}"
+                f"model.lora.target_modules: {wrong or 'nothing'} cannot get an adapter in this model; choose from {linear}"
             )
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if any(layer >= num_layers for layer in lora.layers_to_transform):
+        raise ConfigError(
+            f"model.lora.layers_to_transform: {max(lora.layers_to_transform)}, but this model has layers 0..{num_layers - 1}"
+        )
     return peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules if lora.target_modules == "all-linear" else list(lora.target_modules),
+        target_modules=linear if lora.target_modules == "all-linear" else list(lora.target_modules),
         use_rslora=lora.use_rslora,
+        layers_to_transform=list(lora.layers_to_transform) or None,
         task_type="CAUSAL_LM",
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedbiscuit.report.canvas import Drawing, colour, colour_of, draw, marker_of, percents, whole_numbers
-from fedbiscuit.report.markup import count, percent, shortened, visible
+from fedbiscuit.report.markup import count, name_on_axis, percent, shortened, visible
 from fedbiscuit.report.reading import RunView
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _clients(figure: Figure, order: Sequence[str], clients: Mapping[str, Any], g
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     if named:
-        axes.set_yticks(range(len(order)), [shortened(visible(c).replace("\n", " "), 16) for c in order])
+        axes.set_yticks(range(len(order)), [name_on_axis(c) for c in order])
     else:
         axes.set_yticks([])
         axes.set_ylabel(f"{len(order)} clients, best at the top")

@@ -7,7 +7,19 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Cell", "count", "duration", "escaped", "interval", "number", "percent", "shortened", "table", "visible"]
+__all__ = [
+    "Cell",
+    "count",
+    "duration",
+    "escaped",
+    "interval",
+    "name_on_axis",
+    "number",
+    "percent",
+    "shortened",
+    "table",
+    "visible",
+]
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 JOINERS = "\u200c\u200d"
@@ -45,6 +57,13 @@ def shortened(text: str, limit: int) -> str:
     if limit < 100:
         return text[: limit - 1] + "…"
     return f"{text[:limit]}… ({len(text) - limit} more characters)"
+
+
+def name_on_axis(name: str, limit: int = 16) -> str:
+    """A name that fits beside a figure: of a long one its beginning and its end, which is where names differ."""
+    text = " ".join(visible(name).split())
+    end = limit // 2 - 1
+    return text if len(text) <= limit else f"{text[: limit - 1 - end]}…{text[-end:]}"
 
 
 def table(label: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], main: int | None = None) -> str:

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from fedbiscuit.report.canvas import Drawing, colour, colour_of, draw, percents, whole_numbers
-from fedbiscuit.report.markup import count, percent, shortened, visible
+from fedbiscuit.report.markup import count, name_on_axis, percent
 from fedbiscuit.report.reading import RunView, validation_series
 from fedbiscuit.report.words import GLOBAL
 from fedbiscuit.rundir.disk import human_bytes
@@ -64,7 +64,7 @@ def flips_by_round(run: RunView) -> Drawing | None:
 def _flips(figure: Figure, run: RunView) -> None:
     axes = figure.subplots()
     _both(figure, axes, run, "flip_rate")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
 
 
 def bytes_by_round(run: RunView) -> Drawing | None:
@@ -144,8 +144,8 @@ def _strips(figure: Figure, run: RunView, clients: Sequence[ClientId]) -> None:
             if u is not None:
                 axes.broken_barh([(start - 0.5, end - start)], (y - 0.36, 0.72), color=colour_of(u), linewidth=0)
     for start in starts[1:]:
-        axes.axvline(start - 0.5, color=colour("card"), linewidth=2)
-    axes.set_yticks(range(len(clients)), [shortened(visible(c).replace("\n", " "), 16) for c in clients])
+        axes.axvline(start - 0.5, color=colour("card"), linewidth=min(2.0, 24 / len(starts)))
+    axes.set_yticks(range(len(clients)), [name_on_axis(c) for c in clients])
     axes.set_ylim(len(clients) - 0.5, -0.5)
     _strip_axis(figure, axes, run, starts)
 

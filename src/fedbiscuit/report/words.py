@@ -15,6 +15,8 @@ Row = Mapping[str, Any]
 
 TRUTH = "known truth"
 LONGER = "the longer answer"
+MANY_FLIPS = 0.3
+"""Share of comparisons from which on the page warns of it."""
 GLOBAL = "one global selector"
 
 
@@ -108,6 +110,12 @@ def _cautions_on_selectors(run: RunView, own: Row) -> list[str]:
         cautions.append("Always taking the longer answer would have done as well.")
     if shared is not None and shared is not own and own["accuracy"] <= shared["accuracy"]:
         cautions.append("Groups did not pay here: one global selector did as well.")
+    flips = own.get("flip_rate")
+    if flips is not None and flips > MANY_FLIPS:
+        cautions.append(
+            f"In {percent(flips, 0)} of cases the verdict changes with the order of the answers. Both orders are averaged, "
+            "but so many flips mean that the order still counts for much."
+        )
     return cautions
 
 

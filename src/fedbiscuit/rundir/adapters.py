@@ -50,7 +50,7 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     "fan_in_fan_out": lambda value: value is False,
 }
 """The fields of a plain LoRA, with what they may hold. All others must be empty: ``auto_mapping`` would run code of
-others, ``revision`` would fetch another base, and so on (FAULTS row 60)."""
+others, ``revision`` would fetch another base, and so on (docs/faults.md row 60)."""
 HARMLESS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
 

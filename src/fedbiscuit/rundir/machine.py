@@ -16,7 +16,7 @@ __all__ = ["machine_differences", "machine_manifest"]
 
 PACKAGES = ("fedbiscuit", "torch", "transformers", "peft", "safetensors", "numpy")
 DECISIVE = ("python", "torch", "transformers", "peft", "machine", "cpu_capability", "threads", "gpu", "git_commit")
-"""Another value of these can give other last bits (FAULTS 4.3) or other results."""
+"""Another value of these can give other last bits (docs/faults.md row 90) or other results."""
 
 
 def machine_manifest(*, device: str | None = None) -> dict[str, Any]:

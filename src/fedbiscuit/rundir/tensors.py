@@ -158,7 +158,7 @@ def read_weights(
 
     ``expect`` is the exact set of names with shape and dtype, ``sha256`` the digest of the whole file; with ``sealed``
     the digest inside the file must be there (it is checked whenever it is). Every fault is an ``IntegrityError`` that
-    names file, tensor and what to do (FAULTS rows 49 to 59).
+    names file, tensor and what to do (docs/faults.md rows 49 to 59).
     """
     path = Path(path)
     data = _read_file(path)
