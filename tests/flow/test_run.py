@@ -124,7 +124,10 @@ def test_adapters_load_with_peft_and_preferences_load_as_a_trl_dataset(finished,
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     trainer = trl.DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(tiny_model), args=args, train_dataset=data, processing_class=tokenizer
+        model=AutoModelForCausalLM.from_pretrained(tiny_model),
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
     )
     trainer.train()
 
@@ -163,7 +166,15 @@ pipeline.run_all(load_config(sys.argv[1], []), resume=True)
 
 @pytest.mark.parametrize(
     "where",
-    ["state_tensors:2", "lines_half:5", "state_saved:9", "lines_half:23", "file_written:4", "state_manifest:15", "lines_written:31"],
+    [
+        "state_tensors:2",
+        "lines_half:5",
+        "state_saved:9",
+        "lines_half:23",
+        "file_written:4",
+        "state_manifest:15",
+        "lines_written:31",
+    ],
 )
 def test_fault_83_kill_9_and_resume_ends_in_the_same_files_bit_for_bit(finished, tmp_path, tiny_model, where):
     run, _ = finished
@@ -173,7 +184,9 @@ def test_fault_83_kill_9_and_resume_ends_in_the_same_files_bit_for_bit(finished,
     config = tmp_path / "cfg.yaml"
     config.write_text(dump_config(settings(tmp_path, tiny_model)))
     environment = {**os.environ, "FEDBISCUIT_CRASH_AT": where, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", KILL, str(config)], env=environment, capture_output=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL, str(config)], env=environment, capture_output=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert digests(tmp_path / "runs" / "one") != digests(run)
     again = pipeline.run_all(settings(tmp_path, tiny_model), resume=True)

@@ -31,7 +31,9 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    found = re.findall(r"(?:^<!-- ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        r"(?:^<!-- ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
     return [Block(*parts) for parts in found]
 
 
@@ -49,7 +51,9 @@ def agrees(shown: str, written: str) -> bool:
 # The examples
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.comment == "run" for b in blocks_of(p))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(b.comment == "run" for b in blocks_of(p))], ids=lambda p: p.name
+)
 def test_the_commands_of_a_page_print_what_the_page_says(page, tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for block in blocks_of(page):
@@ -67,13 +71,34 @@ def test_the_commands_of_a_page_print_what_the_page_says(page, tmp_path):
                 assert done.returncode == (2 if faulty else 0), done.stdout
 
 
-TINY = """model.device=cpu model.threads=1 model.lora.r=2 policy_model=null
-    data.demo.num_clients=4 data.demo.comparisons_per_client=6 data.demo.validation_per_client=2
-    data.demo.test_per_client=2 selectors.rounds=3 selectors.warmup_rounds=1 selectors.regroup_every=1
-    selectors.cohort_size=2 selectors.local.steps=1 selectors.local.batch_size=2 selectors.eval_every=2
-    generation.num_prompts=4 generation.num_completions=2 generation.max_new_tokens=6 generation.temperature=1.0
-    generation.batch_size=4 labels.min_margin=0.0 alignment.steps=2 alignment.batch_size=2 alignment.grad_accum=1
-    evaluation.num_prompts=3 evaluation.bootstrap=20""".split()
+TINY = [
+    "model.device=cpu",
+    "model.threads=1",
+    "model.lora.r=2",
+    "policy_model=null",
+    "data.demo.num_clients=4",
+    "data.demo.comparisons_per_client=6",
+    "data.demo.validation_per_client=2",
+    "data.demo.test_per_client=2",
+    "selectors.rounds=3",
+    "selectors.warmup_rounds=1",
+    "selectors.regroup_every=1",
+    "selectors.cohort_size=2",
+    "selectors.local.steps=1",
+    "selectors.local.batch_size=2",
+    "selectors.eval_every=2",
+    "generation.num_prompts=4",
+    "generation.num_completions=2",
+    "generation.max_new_tokens=6",
+    "generation.temperature=1.0",
+    "generation.batch_size=4",
+    "labels.min_margin=0.0",
+    "alignment.steps=2",
+    "alignment.batch_size=2",
+    "alignment.grad_accum=1",
+    "evaluation.num_prompts=3",
+    "evaluation.bootstrap=20",
+]
 """The demo with a two-layer model, cut down to seconds."""
 
 
@@ -152,7 +177,11 @@ def test_the_citation_names_the_paper_and_the_licence_is_apache():
 
 
 def names_of_tests() -> set[str]:
-    return {name for path in CODE for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text("utf-8"), re.MULTILINE)}
+    return {
+        name
+        for path in CODE
+        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text("utf-8"), re.MULTILINE)
+    }
 
 
 def numbers_in(name: str, kind: str) -> set[int]:
@@ -171,7 +200,9 @@ def rows_of(page: str) -> dict[int, str]:
 
 
 def test_every_section_and_row_that_the_code_names_is_there():
-    sections = {int(n) for n in re.findall(r"^## (\d+)\.", (ROOT / "docs" / "algorithm.md").read_text("utf-8"), re.MULTILINE)}
+    sections = {
+        int(n) for n in re.findall(r"^## (\d+)\.", (ROOT / "docs" / "algorithm.md").read_text("utf-8"), re.MULTILINE)
+    }
     assert sections == set(range(1, 10))
     rows = {"faults": rows_of("docs/faults.md"), "algorithm": dict.fromkeys(sections)}
     num_seen = 0
@@ -182,7 +213,9 @@ def test_every_section_and_row_that_the_code_names_is_there():
             r"docs/(algorithm|faults)\.md (?:sections?|rows?) (\d+)(?:(?: to |-)(\d+))?", path.read_text("utf-8")
         ):
             num_seen += 1
-            assert set(range(int(first), int(last or first) + 1)) <= rows[page].keys(), f"{path}: docs/{page}.md {first}"
+            assert set(range(int(first), int(last or first) + 1)) <= rows[page].keys(), (
+                f"{path}: docs/{page}.md {first}"
+            )
     assert num_seen >= 8
 
 

@@ -24,7 +24,9 @@ def desk(load_tiny):
 
 
 def comparisons(count: int, choice: int = 0, client: str = "ann") -> tuple[Comparison, ...]:
-    return tuple(Comparison(f"{SECRET} {i}", f"{SECRET} yes {i}", "no", choice, client, id=f"{SECRET}-{i}") for i in range(count))
+    return tuple(
+        Comparison(f"{SECRET} {i}", f"{SECRET} yes {i}", "no", choice, client, id=f"{SECRET}-{i}") for i in range(count)
+    )
 
 
 def holder(choice: int = 0) -> ClientData:

@@ -56,7 +56,9 @@ def test_fault_43_a_template_knows_only_plain_field_names(field):
         parse_template("{prompt} {output_a} {output_b}" + field + " end", "mine")
 
 
-@pytest.mark.parametrize("text", ["{prompt} {output_a} end", "{prompt} {output_a} {output_b} {output_b} end", "{output_a} {output_b} end"])
+@pytest.mark.parametrize(
+    "text", ["{prompt} {output_a} end", "{prompt} {output_a} {output_b} {output_b} end", "{output_a} {output_b} end"]
+)
 def test_fault_44_a_template_needs_the_prompt_and_each_answer_once(text):
     with pytest.raises(ConfigError, match="once"):
         parse_template(text, "mine")

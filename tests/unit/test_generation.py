@@ -17,7 +17,9 @@ def test_greedy_completions_equal_transformers_generate(load_tiny, family):
     ours = generate(lm, PROMPTS, 2, Sampling(max_new_tokens=24, temperature=0), ("key",))
     with lm.padded() as model:
         for prompt, completions in zip(PROMPTS, ours, strict=True):
-            out = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=lm.end, pad_token_id=0)
+            out = model.generate(
+                torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=lm.end, pad_token_id=0
+            )
             expected = out[0, len(prompt) :].tolist()
             finished = lm.end in expected
             if finished:
@@ -108,8 +110,7 @@ def test_the_reference_is_the_base_model_whatever_the_adapter_is(load_tiny):
 def test_mistake_14_the_optimizer_goes_on_through_a_resumed_alignment(load_tiny):
     """Ten steps at once, and four, stop, six with the saved optimizer, are the same training."""
     from fedbiscuit.models.policy import pair_dpo_loss
-    from fedbiscuit.models.training import make_optimizer, train
-    from fedbiscuit.pipeline import _optimizer_tensors, _restore_optimizer
+    from fedbiscuit.models.training import load_optimizer, make_optimizer, optimizer_tensors, train
     from fedbiscuit.types import LocalTraining
 
     lm = load_tiny(lora={"dropout": 0.2})
@@ -121,10 +122,12 @@ def test_mistake_14_the_optimizer_goes_on_through_a_resumed_alignment(load_tiny)
         lm.put_adapter(weights)
         optimizer = make_optimizer(list(lm.trainable().values()), how)
         if state:
-            _restore_optimizer(optimizer, state)
-        steps = train(lm, lambda s: [pairs], lambda b: pair_dpo_loss(lm, b, reference, 0.1), how, ("k",), optimizer, first)
+            load_optimizer(optimizer, state)
+        steps = train(
+            lm, lambda s: [pairs], lambda b: pair_dpo_loss(lm, b, reference, 0.1), how, ("k",), optimizer, first
+        )
         reports = list(steps)
-        return lm.adapter(), {k: v.clone() for k, v in _optimizer_tensors(optimizer).items()}, reports
+        return lm.adapter(), {k: v.clone() for k, v in optimizer_tensors(optimizer).items()}, reports
 
     start = lm.new_adapter(0)
     whole, _, reports = run(0, 10, start)

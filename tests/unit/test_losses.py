@@ -41,11 +41,17 @@ def test_dpo_loss_and_log_probabilities_equal_trls_on_the_same_tensors(load_tiny
 
     lm = load_tiny()
     generator = torch.Generator().manual_seed(3)
-    weights = {n: w if "lora_A" in n else torch.randn(w.shape, generator=generator) * 0.2 for n, w in lm.new_adapter(1).items()}
+    weights = {
+        n: w if "lora_A" in n else torch.randn(w.shape, generator=generator) * 0.2 for n, w in lm.new_adapter(1).items()
+    }
     pairs = [Pair((1, 2, 3, 4), (5, 6, 7, 258), (9, 258)), Pair((8, 8), (3, 258), (4, 4, 4, 258))]
-    rows = [{"prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected)} for p in pairs]
+    rows = [
+        {"prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected)} for p in pairs
+    ]
     with lm.padded() as model:  # TRL's reference is the adapter as it finds it: B is still zero, so the base model
-        args = trl.DPOConfig(output_dir=str(tmp_path), beta=0.1, report_to=[], use_cpu=True, bf16=False, max_length=None)
+        args = trl.DPOConfig(
+            output_dir=str(tmp_path), beta=0.1, report_to=[], use_cpu=True, bf16=False, max_length=None
+        )
         data = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
         trainer = trl.DPOTrainer(model=model, args=args, train_dataset=data, processing_class=lm.tokenizer)
         lm.put_adapter(weights)

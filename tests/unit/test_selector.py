@@ -118,7 +118,9 @@ def test_fault_45_letters_of_several_tokens_or_equal_ones_are_named_with_their_t
 
 def test_fault_25_answers_that_do_not_fit_are_handed_back_by_name(load_tiny):
     selector = Selector.of(load_tiny(), load_template("choice"), (" A", " B"), 60)
-    fitting, left_out = selector.encode([Comparison("q", "y" * 80, "no", 0, id="long"), Comparison("q", "yes", "no", 0)])
+    fitting, left_out = selector.encode(
+        [Comparison("q", "y" * 80, "no", 0, id="long"), Comparison("q", "yes", "no", 0)]
+    )
     assert [c.id for c in left_out] == ["long"]
     assert len(fitting) == 1
 
@@ -128,7 +130,9 @@ def written(*texts, finished=True):
 
 
 def test_mistake_01_pairs_whose_winner_is_a_and_pairs_whose_winner_is_b_are_both_kept(selector):
-    rows, left_out = label_completions(selector, [lively(selector)], [written("one", "two", "three", "four")], LabelSettings())
+    rows, left_out = label_completions(
+        selector, [lively(selector)], [written("one", "two", "three", "four")], LabelSettings()
+    )
     assert len(rows) == 6
     texts = ["one", "two", "three", "four"]
     a_wins = sum(texts.index(row["chosen"]) < texts.index(row["rejected"]) for row in rows)
@@ -157,5 +161,8 @@ def test_extremes_takes_the_best_against_the_worst_of_each_prompt(selector):
     every, _ = label_completions(selector, [lively(selector)], entries, LabelSettings())
     rows, _ = label_completions(selector, [lively(selector)], entries, LabelSettings(pairs="extremes"))
     assert len(rows) == 2
-    wins = [sum(r["chosen"] == rows[0]["chosen"] for r in every), sum(r["rejected"] == rows[0]["rejected"] for r in every)]
+    wins = [
+        sum(r["chosen"] == rows[0]["chosen"] for r in every),
+        sum(r["rejected"] == rows[0]["rejected"] for r in every),
+    ]
     assert wins == [3, 3] or min(wins) >= 2

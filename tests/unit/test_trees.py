@@ -86,7 +86,11 @@ def test_a_packed_row_gives_the_logits_of_the_separate_sequences(load_tiny, fami
     @given(st.lists(st.integers(0, 255), min_size=1, max_size=40), trees)
     @settings(max_examples=10, deadline=None)
     def check(stem, branches):
-        batch = [stem, *([*stem, *branch] for branch in branches), *([*stem, *branches[0], *branch] for branch in branches)]
+        batch = [
+            stem,
+            *([*stem, *branch] for branch in branches),
+            *([*stem, *branches[0], *branch] for branch in branches),
+        ]
         with torch.no_grad():
             forest = lm.pack(batch)
             ours = lm.logits(lm.hidden(forest)[forest.last])
@@ -122,4 +126,6 @@ def give_adapter_a_life(lm):
     """B starts at zero: put something there, so that the adapter is part of what is compared."""
     weights = lm.new_adapter("test")
     generator = torch.Generator().manual_seed(1)
-    lm.put_adapter({n: w if "lora_A" in n else torch.randn(w.shape, generator=generator) * 0.1 for n, w in weights.items()})
+    lm.put_adapter(
+        {n: w if "lora_A" in n else torch.randn(w.shape, generator=generator) * 0.1 for n, w in weights.items()}
+    )

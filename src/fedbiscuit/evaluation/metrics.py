@@ -1,4 +1,4 @@
-"""How well selectors agree with people: accuracy, flip rate, calibration, by client and over all (docs/algorithm.md section 6)."""
+"""How well selectors agree with people: accuracy, flips, calibration, by client and over all (docs/algorithm.md section 6)."""
 
 from __future__ import annotations
 

@@ -86,7 +86,9 @@ class LM:
         rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids: list[int] = []
         for part in re.split(f"({'|'.join(marks)})", rendered):
-            ids += self.encode(marks[part]) if part in marks else self.tokenizer(part, add_special_tokens=False).input_ids
+            ids += (
+                self.encode(marks[part]) if part in marks else self.tokenizer(part, add_special_tokens=False).input_ids
+            )
         return tuple(ids)
 
     @property

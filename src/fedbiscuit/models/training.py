@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fedbiscuit.models.lm import LM
-from fedbiscuit.types import FedbiscuitError, LocalTraining, seed_for
+from fedbiscuit.types import FedbiscuitError, LocalTraining, Weights, seed_for
 
-__all__ = ["make_optimizer", "stream", "train"]
+__all__ = ["load_optimizer", "make_optimizer", "optimizer_tensors", "stream", "train"]
 
 T = TypeVar("T")
 
@@ -59,6 +59,21 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], how: LocalTraining)
     if how.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=how.lr, weight_decay=how.weight_decay)
     return torch.optim.SGD(parameters, lr=how.lr, weight_decay=how.weight_decay)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Weights:
+    """The optimizer's state as flat named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Weights) -> None:
+    """Put back what ``optimizer_tensors`` gave."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def stream(items: Sequence[T], start: int, count: int, key: tuple[object, ...]) -> list[T]:

@@ -1,0 +1,57 @@
+"""The story, top to bottom: train selectors, let the policy write, label, align, evaluate.
+
+Each stage reads what the stage before left in the run folder and leaves its own there; each can be killed at any moment
+and goes on where its last saved state was. ``session.py`` is what all stages share; then a file a stage.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedbiscuit.config import Config
+from fedbiscuit.pipeline.alignment import align_policy
+from fedbiscuit.pipeline.comparing import evaluate_run
+from fedbiscuit.pipeline.labels import write_and_label
+from fedbiscuit.pipeline.rounds import train_all
+from fedbiscuit.pipeline.session import Progress, open_session, silent
+
+__all__ = ["Progress", "align", "evaluate", "label", "run_all", "train_selectors"]
+
+
+def run_all(cfg: Config, resume: bool = False, progress: Progress = silent) -> Path:
+    """Everything: train selectors, generate, label, align, evaluate. Returns the run folder."""
+    with open_session(cfg, resume, progress) as session:
+        train_all(session)
+        if cfg.selectors.local.objective == "choice":
+            write_and_label(session)
+            align_policy(session)
+        evaluate_run(session)
+        return session.run.path
+
+
+def train_selectors(cfg: Config, resume: bool = False, progress: Progress = silent) -> Path:
+    """Train the selectors federatedly; leaves ``selectors/u0..`` in the run folder."""
+    with open_session(cfg, resume, progress) as session:
+        train_all(session)
+        return session.run.path
+
+
+def label(cfg: Config, resume: bool = True, progress: Progress = silent) -> Path:
+    """Let the policy write and the selectors choose; leaves ``completions.jsonl`` and ``preferences.jsonl``."""
+    with open_session(cfg, resume, progress) as session:
+        write_and_label(session)
+        return session.run.path
+
+
+def align(cfg: Config, resume: bool = True, progress: Progress = silent) -> Path:
+    """Fine-tune the policy on ``preferences.jsonl`` by DPO; leaves ``policy/``."""
+    with open_session(cfg, resume, progress) as session:
+        align_policy(session)
+        return session.run.path
+
+
+def evaluate(cfg: Config, resume: bool = True, progress: Progress = silent) -> Path:
+    """Selectors against held-out people, aligned against raw policy; leaves ``evaluation.json``."""
+    with open_session(cfg, resume, progress) as session:
+        evaluate_run(session)
+        return session.run.path

@@ -1,0 +1,83 @@
+"""The policy writes, the selectors choose: ``completions.jsonl`` and ``preferences.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fedbiscuit.models.generation import Sampling, generate
+from fedbiscuit.models.labeling import label_completions
+from fedbiscuit.models.lm import LM
+from fedbiscuit.pipeline.session import Session
+from fedbiscuit.types import DataError
+
+__all__ = ["write", "write_and_label", "write_raw"]
+
+
+def write_and_label(session: Session) -> None:
+    """``completions.jsonl``, batch by batch, then ``preferences.jsonl``, whole."""
+    run, cfg = session.run, session.cfg
+    adapters = session.selectors()
+    prompts = session.dataset.prompts[: cfg.generation.num_prompts or None]
+    if not prompts:
+        raise DataError("data.prompts: there are no prompts to align the policy on; name a file with some")
+    _write_completions(session, prompts)
+    if run.read_json("labels.json") is not None:
+        return
+    written = run.read_lines("completions.jsonl")
+    started = time.monotonic()
+
+    def progress(done: int) -> None:
+        session.progress("labels", done, len(adapters), "")
+
+    rows, left_out = label_completions(session.selector, adapters, written, cfg.labels, progress)
+    if not rows:
+        raise DataError(
+            f"no pair of completions could be labeled ({left_out}); raise generation.temperature or prompts"
+        )
+    run.write_text("preferences.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    run.append_lines("timings.jsonl", [{"stage": "labels", "step": len(rows), "seconds": time.monotonic() - started}])
+    run.write_json("labels.json", {"pairs": len(rows), "left_out": left_out})
+
+
+def _write_completions(session: Session, prompts: Sequence[str]) -> None:
+    """The raw policy's completions; a batch that a kill interrupted is written again as a whole."""
+    run, how, lm = session.run, session.cfg.generation, session.policy_lm
+    have = run.read_lines("completions.jsonl")
+    whole = len(have) if len(have) >= len(prompts) else len(have) // how.batch_size * how.batch_size
+    run.keep_lines("completions.jsonl", whole)
+    for start in range(whole, len(prompts), how.batch_size):
+        started = time.monotonic()
+        batch = prompts[start : start + how.batch_size]
+        rows = write_raw(session, lm, batch, how.num_completions, "completions")
+        run.append_lines("completions.jsonl", rows)
+        done = start + len(batch)
+        seconds = time.monotonic() - started
+        run.append_lines("timings.jsonl", [{"stage": "generation", "step": done, "seconds": seconds}])
+        session.progress("generation", done, len(prompts), f"{how.num_completions} completions a prompt")
+
+
+def write_raw(
+    session: Session, lm: LM, prompts: Sequence[str], num_completions: int, purpose: str, greedy: bool = False
+) -> list[dict[str, Any]]:
+    """Rows of ``completions.jsonl`` by the base model alone."""
+    with lm.adapter_off():
+        return write(session, lm, prompts, num_completions, purpose, greedy)
+
+
+def write(
+    session: Session, lm: LM, prompts: Sequence[str], num_completions: int, purpose: str, greedy: bool
+) -> list[dict[str, Any]]:
+    how = session.cfg.generation
+    sampling = Sampling(how.max_new_tokens, 0.0 if greedy else how.temperature, how.top_p)
+    ids = [lm.chat_prompt(prompt, how.system, how.chat) for prompt in prompts]
+    written = generate(lm, ids, num_completions, sampling, (session.cfg.seed, purpose))
+    return [
+        {
+            "prompt": prompt,
+            "completions": [{"text": c.text, "tokens": len(c.tokens), "finished": c.finished} for c in completions],
+        }
+        for prompt, completions in zip(prompts, written, strict=True)
+    ]

@@ -1,0 +1,158 @@
+"""The selector phase: the loop that runs rounds, evaluates, logs, saves and stops early, in plain sight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedbiscuit.backends.client import Desk
+from fedbiscuit.backends.inprocess import InProcessBackend
+from fedbiscuit.config import FederatedSettings
+from fedbiscuit.data.partition import pooled
+from fedbiscuit.evaluation.metrics import summarize
+from fedbiscuit.evaluation.selectors import judge_by_group, score_clients
+from fedbiscuit.federated.algorithm import assign, fedbiscuit_round, init_state
+from fedbiscuit.models.cards import policy_card, selector_card
+from fedbiscuit.pipeline.session import Session, resolved
+from fedbiscuit.types import ClientData, ClientId, RoundRecord, ServerState, Weights
+
+__all__ = ["train_all"]
+
+
+def train_all(session: Session) -> None:
+    """The selectors of the settings; with ``compare_global`` also one global selector by the same budget of rounds."""
+    _train(session, session.cfg.selectors, "selectors", "metrics.jsonl")
+    if session.cfg.evaluation.compare_global and session.cfg.selectors.num_adapters > 1:
+        _train(session, _global(session.cfg.selectors), "global", "global_metrics.jsonl")
+
+
+def _train(session: Session, settings: FederatedSettings, name: str, metrics: str) -> None:
+    """Rounds, from the last saved state to the end: run, evaluate when due, log, save, stop early."""
+    run, seed = session.run, session.cfg.seed
+    clients = {"all": pooled(session.clients)} if settings.population == "centralized" else session.clients
+    settings = resolved(settings, clients)
+    desk = Desk(
+        session.selector,
+        seed,
+        settings.lora_aggregation == "freeze_a",
+        session.cfg.generation.chat,
+        session.cfg.generation.system,
+        session.cfg.evaluation.batch_size,
+    )
+    backend = InProcessBackend(desk, clients)
+    found = run.load_state(name)
+    state = init_state([session.lm.new_adapter(seed, "adapter", u) for u in range(settings.num_adapters)])
+    if found is not None:
+        state = _unpacked_state(found[1], found[2])
+    run.keep_lines(metrics, state.round)
+    history = run.read_lines(metrics)
+    while state.round < settings.rounds and not _gave_up(history, settings.patience):
+        state, record = fedbiscuit_round(state, backend, settings, seed)
+        row = _row(record)
+        if settings.eval_every and (state.round % settings.eval_every == 0 or state.round == settings.rounds):
+            row["metrics"]["validation"] = _validate(session, state, clients, settings)
+        run.append_lines(metrics, [row])
+        run.append_lines("timings.jsonl", [{"stage": name, "step": state.round, "seconds": record.seconds}])
+        history.append(row)
+        if settings.keep_every and state.round % settings.keep_every == 0:
+            _save_adapters(session, settings, state, f"checkpoints/round-{state.round:06d}")
+        if (
+            state.round % settings.save_every == 0
+            or state.round == settings.rounds
+            or _gave_up(history, settings.patience)
+        ):
+            run.save_state(name, state.round, *_packed_state(state))
+        session.progress(name, state.round, settings.rounds, _note(row))
+    _save_adapters(session, settings, state, name)
+
+
+def _global(settings: FederatedSettings) -> FederatedSettings:
+    """FedBis with the rounds of this FedBiscuit."""
+    return settings.model_copy(update={"num_adapters": 1, "warmup_rounds": 0, "grouping": "prices", "groups": {}})
+
+
+def _validate(
+    session: Session, state: ServerState, clients: Mapping[ClientId, ClientData], settings: FederatedSettings
+) -> dict[str, Any]:
+    """Validation metrics with the selector of each client's own group: read by the experimenter, who holds all the data."""
+    limit = settings.eval_comparisons or None
+    held = {client: data.validation[:limit] for client, data in clients.items() if data.validation}
+    if settings.local.objective != "choice" or not held:
+        return {}
+    grouping = assign(sorted(held), state.round - 1, state.grouping, settings)
+    scores = score_clients(session.selector, state.adapters, held, grouping, session.cfg.evaluation.batch_size)
+    judged = judge_by_group(scores, grouping)
+    row = summarize("validation", judged, (session.cfg.seed, "validation", state.round))
+    kept = {key: row[key] for key in ("loss", "accuracy", "accuracy_comparisons", "flip_rate", "calibration_error")}
+    return kept | {"clients": {client: one.accuracy for client, one in judged.items()}}
+
+
+def _gave_up(history: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    """Whether the validation loss has not become better for ``patience`` evaluations."""
+    losses = [row["metrics"]["validation"].get("loss") for row in history if "validation" in row["metrics"]]
+    known = [loss for loss in losses if loss is not None]
+    return bool(patience) and len(known) > patience and min(known[-patience:]) >= min(known[:-patience])
+
+
+def _row(record: RoundRecord) -> dict[str, Any]:
+    """A record as a line of ``metrics.jsonl``: without the clock, so that a resumed run writes the same bytes."""
+    return {
+        "round": record.round,
+        "phase": record.phase,
+        "cohort": list(record.cohort),
+        "adapter_of": dict(record.adapter_of),
+        "regrouped": record.regrouped,
+        **({"grouping": dict(record.grouping)} if record.regrouped else {}),
+        "metrics": dict(record.metrics)
+        | {"delta_norm": {f"u{u}": norm for u, norm in record.metrics["delta_norm"].items()}},
+        "refused": dict(record.refused),
+        "bytes_up": record.bytes_up,
+        "bytes_down": record.bytes_down,
+    }
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    found = row["metrics"].get("validation", {})
+    parts = [row["phase"], "new groups" if row["regrouped"] else ""]
+    if found:
+        parts.append(f"accuracy {found['accuracy']:.3f}")
+    if row["refused"]:
+        parts.append(f"{len(row['refused'])} refused")
+    return ", ".join(part for part in parts if part)
+
+
+def _packed_state(state: ServerState) -> tuple[dict[str, Weights], dict[str, Any]]:
+    """A server state as named tensors and JSON values."""
+    tensors = {f"u{u}": dict(weights) for u, weights in enumerate(state.adapters)}
+    tensors["server"] = dict(state.server_optimizer_state)
+    values = {
+        "round": state.round,
+        "num_adapters": len(state.adapters),
+        "grouping": dict(state.grouping),
+        "consumed": dict(state.consumed),
+        "clip_norms": list(state.clip_norms),
+    }
+    return tensors, values
+
+
+def _unpacked_state(tensors: Mapping[str, Weights], values: Mapping[str, Any]) -> ServerState:
+    return ServerState(
+        round=values["round"],
+        adapters=tuple(tensors[f"u{u}"] for u in range(values["num_adapters"])),
+        grouping=values["grouping"],
+        consumed=values["consumed"],
+        server_optimizer_state=tensors["server"],
+        clip_norms=tuple(values["clip_norms"]),
+    )
+
+
+def _save_adapters(session: Session, settings: FederatedSettings, state: ServerState, folder: str) -> None:
+    lm, config = session.lm, session.lm.adapter_config()
+    for u, weights in enumerate(state.adapters):
+        letters = session.cfg.data.choice_tokens
+        card = selector_card(lm.name, u, len(state.adapters), state.round, session.cfg.data.template, letters)
+        session.run.save_adapter(f"{folder}/u{u}", weights, config, card, base=lm.digest)
+    if settings.local.objective != "choice":
+        session.run.save_adapter(
+            "policy", state.adapters[0], config, policy_card(lm.name, state.round, 0), base=lm.digest
+        )

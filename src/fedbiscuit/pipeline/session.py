@@ -1,0 +1,149 @@
+"""What all stages of a run share: settings, folder, data, models, and the checks that they belong together."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from fedbiscuit.config import Config, FederatedSettings, dump_config, load_config
+from fedbiscuit.data.encoding import load_template
+from fedbiscuit.data.sources import Dataset, load
+from fedbiscuit.models.lm import LM, load_lm
+from fedbiscuit.models.selector import Selector
+from fedbiscuit.rundir import RunDir, machine_differences, machine_manifest, run_path
+from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, DataError, Weights
+
+__all__ = ["Progress", "Session", "open_session", "resolved", "silent"]
+
+log = logging.getLogger("fedbiscuit")
+
+Progress = Callable[[str, int, int, str], None]
+"""(stage, step, total, note): step ``step`` of ``total`` of a stage is done; steps count from 1."""
+
+
+def silent(stage: str, step: int, total: int, note: str) -> None:
+    """Show no progress."""
+
+
+@dataclass
+class Session:
+    """One open run: its settings, folder, data and models. Models are loaded when a stage first needs them."""
+
+    cfg: Config
+    run: RunDir
+    dataset: Dataset
+    progress: Progress
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def lm(self) -> LM:
+        """The selectors' LM."""
+        return load_lm(self.cfg.model)
+
+    @cached_property
+    def policy_lm(self) -> LM:
+        """The LM to align: the selectors' own unless the settings name another."""
+        other = self.cfg.policy_model
+        return self.lm if other is None or other == self.cfg.model else load_lm(other)
+
+    @cached_property
+    def selector(self) -> Selector:
+        """The LM with the template and letters of the settings."""
+        data = self.cfg.data
+        return Selector.of(self.lm, load_template(data.template), data.choice_tokens, data.max_tokens)
+
+    @cached_property
+    def clients(self) -> dict[ClientId, ClientData]:
+        """Every client's comparisons that fit ``max_tokens``; the others are counted in ``left_out``."""
+        fitting = {}
+        for client, data in self.dataset.clients.items():
+            parts = [self._fitting(part) for part in (data.train, data.validation, data.test)]
+            fitting[client] = ClientData(*parts)
+        if not any(data.train for data in fitting.values()):
+            raise DataError(
+                f"no client has a comparison that fits data.max_tokens={self.cfg.data.max_tokens}; raise it"
+            )
+        return fitting
+
+    def _fitting(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
+        _, too_long = self.selector.encode(comparisons)
+        if too_long:
+            reason = "comparisons whose two answers do not fit max_tokens"
+            self.left_out[reason] = self.left_out.get(reason, 0) + len(too_long)
+            log.warning(
+                "left out, its answers do not fit data.max_tokens: %s", ", ".join(str(c.id) for c in too_long[:5])
+            )
+        longer = {id(comparison) for comparison in too_long}
+        return tuple(comparison for comparison in comparisons if id(comparison) not in longer)
+
+    def selectors(self, folder: str = "selectors") -> tuple[Weights, ...]:
+        """The trained selectors of this run. A missing one is an error: nobody labels with random weights (mistake 10)."""
+        num_adapters = resolved(self.cfg.selectors, self.clients).num_adapters if folder == "selectors" else 1
+        return tuple(self.run.load_adapter(f"{folder}/u{u}", base=self.lm.digest) for u in range(num_adapters))
+
+
+@contextlib.contextmanager
+def open_session(cfg: Config, resume: bool, progress: Progress) -> Iterator[Session]:
+    """Load the data, lock the run folder, check that it belongs to these settings and data, write both down."""
+    dataset = load(cfg.data, cfg.seed)
+    for warning in dataset.warnings:
+        log.warning("%s", warning)
+    with RunDir.open(run_path(cfg.runs_dir, cfg.name), resume=resume) as run:
+        _check_settings(run, cfg)
+        run.check_same("manifest.json", {"data": dataset.digests}, "data files")
+        session = Session(cfg, run, dataset, progress, dict(dataset.left_out))
+        if run.read_json("manifest.json") is None:
+            digests = {"data": dataset.digests, "model": session.lm.digest, "seed": cfg.seed}
+            run.write_json("manifest.json", machine_manifest(device=str(session.lm.device)) | digests)
+        else:
+            run.check_same("manifest.json", {"model": session.lm.digest}, "base model")
+            for difference in machine_differences(run.read_json("manifest.json") or {}, machine_manifest()):
+                log.warning("%s: %s", run.path, difference)
+        run.write_text("config.yaml", dump_config(cfg))
+        yield session
+
+
+def _check_settings(run: RunDir, cfg: Config) -> None:
+    """Stop where a run's settings have changed, but for its place and for what no stage has used yet."""
+    path = run.path / "config.yaml"
+    if not path.exists():
+        return
+    free = {"name", "runs_dir", "evaluation"}
+    if not (run.path / "completions.jsonl").exists():
+        free |= {"generation", "labels"}
+    if not (run.path / "state" / "policy").exists():
+        free |= {"alignment"}
+    saved = load_config(path)
+    run.check_same(
+        "config.yaml", dump_config(cfg.model_copy(update={key: getattr(saved, key) for key in free})), "settings"
+    )
+
+
+def resolved(settings: FederatedSettings, clients: Mapping[ClientId, ClientData]) -> FederatedSettings:
+    """The baselines, as the settings that they are: centralized is one pooled client, local only an adapter for each."""
+    holders = sorted(client for client, data in clients.items() if data.train)
+    if settings.population == "centralized":
+        return settings.model_copy(update={"num_adapters": 1, "cohort_size": 1, "warmup_rounds": 0})
+    if settings.population == "local":
+        groups = {client: u for u, client in enumerate(holders)}
+        update = {
+            "num_adapters": len(holders),
+            "warmup_rounds": 0,
+            "grouping": "fixed",
+            "groups": groups,
+            "scale": "cohort",
+        }
+        return settings.model_copy(update=update)
+    if settings.cohort_size > len(holders):
+        raise ConfigError(
+            f"selectors.cohort_size: {settings.cohort_size}, but only {len(holders)} clients have comparisons to train on; "
+            f"use at most {len(holders)}, or 0 for all"
+        )
+    if settings.num_adapters > len(holders):
+        raise ConfigError(
+            f"selectors.num_adapters: {settings.num_adapters} for {len(holders)} clients; use at most one each"
+        )
+    return settings
