@@ -86,7 +86,7 @@ def train(config: Source, /, *overrides: Overrides, resume: Resume = False) -> N
 
 
 @app.command(sort_key=3)
-def label(config: Source, /, *overrides: Overrides, resume: Resume = False) -> None:
+def label(config: Source, /, *overrides: Overrides) -> None:
     """Let the policy write answers and the selectors choose between them (after train).
 
     Example: fedbiscuit label runs/demo
@@ -96,12 +96,12 @@ def label(config: Source, /, *overrides: Overrides, resume: Resume = False) -> N
     from fedbiscuit.terminal import ProgressLines
 
     with ProgressLines() as progress:
-        run_dir = pipeline.label(cfg, resume=True, progress=progress)
+        run_dir = pipeline.label(cfg, progress=progress)
     _say_next(run_dir, "align", "preferences.jsonl")
 
 
 @app.command(sort_key=4)
-def align(config: Source, /, *overrides: Overrides, resume: Resume = False) -> None:
+def align(config: Source, /, *overrides: Overrides) -> None:
     """Fine-tune the policy on the selectors' choices by DPO (after label).
 
     Example: fedbiscuit align runs/demo
@@ -111,13 +111,13 @@ def align(config: Source, /, *overrides: Overrides, resume: Resume = False) -> N
     from fedbiscuit.terminal import ProgressLines
 
     with ProgressLines() as progress:
-        run_dir = pipeline.align(cfg, resume=True, progress=progress)
+        run_dir = pipeline.align(cfg, progress=progress)
     _say_next(run_dir, "evaluate", "policy")
 
 
 @app.command(sort_key=5)
-def evaluate(config: Source, /, *overrides: Overrides, resume: Resume = False) -> None:
-    """Measure selectors and policy on people and prompts that nobody trained on.
+def evaluate(config: Source, /, *overrides: Overrides) -> None:
+    """Measure selectors and policy on people's choices and prompts that they were not trained on.
 
     Example: fedbiscuit evaluate runs/demo
     """
@@ -126,7 +126,7 @@ def evaluate(config: Source, /, *overrides: Overrides, resume: Resume = False) -
     from fedbiscuit.terminal import ProgressLines
 
     with ProgressLines() as progress:
-        run_dir = pipeline.evaluate(cfg, resume=True, progress=progress)
+        run_dir = pipeline.evaluate(cfg, progress=progress)
     _say_next(run_dir, "report", "evaluation.json")
 
 
@@ -308,7 +308,10 @@ def _command_of(words: Sequence[str]) -> str:
 def _how_to_resume(words: Sequence[str]) -> str:
     if not words or words[0] not in ("run", "train", "label", "align", "evaluate"):
         return ""
-    return f"; to go on: {_program()} {shlex.join([*(word for word in words if word != '--resume'), '--resume'])}"
+    again = [word for word in words if word != "--resume"]
+    if words[0] in ("run", "train"):  # the later stages always go on
+        again.append("--resume")
+    return f"; to go on: {_program()} {shlex.join(again)}"
 
 
 @contextlib.contextmanager

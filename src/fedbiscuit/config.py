@@ -180,7 +180,9 @@ class FederatedSettings(Section):
     )
     groups: dict[str, CountOrOff] = Field(default_factory=dict, description="fixed: client -> adapter")
     grouping_cohort: CountOrOff = Field(0, description="clients that are regrouped at a time; 0: all")
-    price_steps: Annotated[int, Field(ge=1, le=100)] = Field(10, description="prices: how often prices are announced")
+    price_steps: Annotated[int, Field(ge=1, le=100)] = Field(
+        10, description="prices: how often prices are announced; up to three times as often where groups stay uneven"
+    )
     weights: Literal["equal", "examples"] = "equal"
     scale: Literal["cohort", "population"] = Field(
         "cohort", description="population: absent clients count as no change (the original after warm-up)"
@@ -340,7 +342,18 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     for client, u in chosen.groups.items():
         if u >= chosen.num_adapters:
             yield f"selectors.groups.{client}", f"{u} is not permitted; adapters are 0 to {chosen.num_adapters - 1}"
-    if 0 < chosen.cohort_size < chosen.min_replies:
+    if chosen.population == "local" and chosen.local.objective != "choice":
+        yield (
+            "selectors.population",
+            f"local trains an adapter a client; objective {chosen.local.objective} needs one policy",
+        )
+    if cfg.policy_model is not None and chosen.local.objective != "choice":
+        yield "policy_model", f"objective {chosen.local.objective} trains the policy itself; set model instead"
+    if cfg.policy_model is not None and cfg.policy_model.threads != cfg.model.threads:
+        yield "policy_model.threads", "must be that of model: the number of threads is one for the whole process"
+    if chosen.patience and not chosen.eval_every:
+        yield "selectors.patience", "early stopping needs evaluations; set eval_every"
+    if chosen.population == "federated" and 0 < chosen.cohort_size < chosen.min_replies:
         yield "selectors.min_replies", f"{chosen.min_replies} replies cannot come from a cohort of {chosen.cohort_size}"
 
 

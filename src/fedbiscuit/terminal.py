@@ -103,9 +103,11 @@ def print_summary(evaluation: Mapping[str, Any], report: str, next_commands: Seq
             print(f"  Groups against the true ones: adjusted Rand index {found:.2f} (1 is perfect, 0 is chance)")
         for reason, count in selectors.get("left_out", {}).items():
             if count:
-                print(f"  Left out: {count} comparisons ({clean(reason)})")
+                print(f"  Left out: {clean(reason)}: {count}")
     if policy:
-        print("\nPolicy: how often the aligned answer is preferred to the raw one, on prompts that nobody trained on")
+        print(
+            "\nPolicy: how often the aligned answer is preferred to the raw one, on prompts that it was not trained on"
+        )
         rows = [
             (judge["name"], _percent(judge["win_rate"]), _interval(judge.get("interval")), _record(judge))
             for judge in policy["judges"]

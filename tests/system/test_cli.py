@@ -55,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
     pipeline, report = types.ModuleType("fedbiscuit.pipeline"), types.ModuleType("fedbiscuit.report")
 
     def stage(name: str):
-        def work(cfg, *, resume, progress):
+        def work(cfg, *, progress, resume=True):
             made.append((name, cfg, resume))
             progress(name, 1, 2, "accuracy 0.5")
             progress(name, 2, 2, "accuracy 0.6")

@@ -140,3 +140,53 @@ def test_a_fault_of_ours_is_not_hidden_as_a_failed_client(desk):
     backend = InProcessBackend(desk, {"ann": holder()})
     with pytest.raises(KeyError):
         backend.run([Task("train", "nobody", 0, {0: two_adapters(desk)[0]}, local=LOCAL)])
+
+
+def test_a_client_that_fails_half_way_leaves_nothing_to_the_next_one(desk, monkeypatch):
+    """Its gradients must not be in the next client's first step."""
+    from fedbiscuit.backends import client
+
+    task = Task("train", "bo", 0, {0: two_adapters(desk)[0]}, local=LOCAL)
+    alone = answer(task, holder(), desk, Memory()).delta
+    real, calls = client.selector_loss, []
+
+    def out_of_memory_in_the_second_batch(selector, encoded):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return real(selector, encoded)
+
+    monkeypatch.setattr(client, "selector_loss", out_of_memory_in_the_second_batch)
+    how = dataclasses.replace(LOCAL, grad_accum=2)
+    broken = dataclasses.replace(task, client="ann", local=how)
+    backend = InProcessBackend(desk, {"ann": holder(), "bo": holder()})
+    failed, good = backend.run([broken, task])
+    assert not failed.ok
+    assert "out of memory" in failed.error
+    assert all(torch.equal(good.delta[name], alone[name]) for name in alone)
+
+
+def test_a_diverging_client_tells_no_loss(desk, monkeypatch):
+    from fedbiscuit.backends import client
+
+    monkeypatch.setattr(
+        client,
+        "selector_loss",
+        lambda s, e: (
+            s.lm.trainable()["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"].sum() * float("inf")
+        ),
+    )
+    backend = InProcessBackend(desk, {"ann": holder()})
+    (reply,) = backend.run([Task("train", "ann", 0, {0: two_adapters(desk)[0]}, local=LOCAL)])
+    assert reply.error == "step 0: the gradient is not finite; lower the learning rate (lr 0.01)"
+
+
+def test_a_client_answers_only_so_many_prices(desk):
+    memory = Memory()
+    answer(Task("evaluate", "ann", 0, two_adapters(desk)), holder(), desk, memory)
+    task = Task("seat", "ann", 0, prices=(0.0, 0.0))
+    backend = InProcessBackend(desk, {"ann": holder()})
+    backend._memory["ann"] = memory
+    replies = backend.run([task] * 100)
+    assert 30 <= sum(reply.ok for reply in replies) < 100
+    assert "asked for a seat more than" in replies[-1].error

@@ -23,7 +23,7 @@ def test_greedy_completions_equal_transformers_generate(load_tiny, family):
             expected = out[0, len(prompt) :].tolist()
             finished = lm.end in expected
             if finished:
-                expected = expected[: expected.index(lm.end)]
+                expected = expected[: expected.index(lm.end) + 1]
             assert [c.tokens for c in completions] == [tuple(expected)] * 2
             assert [c.finished for c in completions] == [finished] * 2
 
@@ -43,7 +43,7 @@ def test_sampling_follows_the_models_distribution(load_tiny):
     counts = torch.zeros(264)
     for i in range(40):
         for completion in generate(lm, [PROMPTS[0]], 50, Sampling(max_new_tokens=1, temperature=0.5), (i,))[0]:
-            counts[completion.tokens[0] if completion.tokens else lm.end] += 1
+            counts[completion.tokens[0]] += 1
     with lm.padded() as model, torch.no_grad():
         expected = torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.5, -1)
     assert (counts / counts.sum() - expected).abs().sum() / 2 < 0.12
@@ -56,16 +56,19 @@ def test_top_p_keeps_only_the_most_likely_tokens(load_tiny):
     ranked, order = probabilities.sort(descending=True)
     kept = set(order[: int((ranked.cumsum(0) < 0.3).sum()) + 1].tolist())
     drawn = generate(lm, [PROMPTS[0]], 64, Sampling(max_new_tokens=1, temperature=1.0, top_p=0.3), ("p",))[0]
-    assert {c.tokens[0] for c in drawn if c.tokens} <= kept
+    assert {c.tokens[0] for c in drawn} <= kept
 
 
 def test_mistake_12_a_cut_off_response_gets_no_end_token_and_the_prompt_is_cut_by_position(load_tiny):
     lm = load_tiny()
-    pair = encode_pair(lm, (1, 2), "ab", "ba", finished=(True, False))
-    assert pair.chosen[-1] == lm.end
-    assert pair.rejected[-1] != lm.end
-    cut = generate(lm, PROMPTS, 1, Sampling(max_new_tokens=2, temperature=1.0), ("k",))
-    assert all(c[0].finished or len(c[0].tokens) == 2 for c in cut)
+    written = [c for i in range(30) for c in generate(lm, [PROMPTS[0]], 4, Sampling(8, temperature=2.0), (i,))[0]]
+    assert {c.finished for c in written} == {True, False}
+    for completion in written:
+        assert completion.finished == (completion.tokens[-1] == lm.end)
+        assert completion.finished or len(completion.tokens) == 8
+        assert lm.end not in completion.tokens[:-1]
+    pair = encode_pair(lm, (1, 2), "ab", "ba")
+    assert pair.chosen == (*lm.encode("ab"), lm.end)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])

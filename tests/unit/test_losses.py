@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fedbiscuit.models.losses import choice_loss, dpo_loss, sft_loss
+from fedbiscuit.models.losses import choice_loss, dpo_loss, margin_nats, sft_loss
 
 
 def test_choice_loss_is_the_mean_of_minus_log_p_of_the_chosen_letter():
@@ -63,3 +63,12 @@ def test_dpo_loss_and_log_probabilities_equal_trls_on_the_same_tensors(load_tiny
     logged = trainer._metrics["train" if model.training else "eval"]
     assert report["chosen_logp"] == pytest.approx(logged["logps/chosen"][-1], abs=1e-3)
     assert report["rejected_logp"] == pytest.approx(logged["logps/rejected"][-1], abs=1e-3)
+
+
+def test_margin_nats_of_each_comparison_average_to_choice_loss_over_both_orders():
+    margins, choices = torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([0, 1])
+    logits = torch.stack([margins, torch.zeros(2, 2)], dim=-1)
+    letters = torch.stack([choices, 1 - choices], dim=1)
+    assert margin_nats(margins, choices).mean().item() == pytest.approx(
+        choice_loss(logits.flatten(0, 1), letters.flatten()).item()
+    )

@@ -126,7 +126,7 @@ def test_fault_25_answers_that_do_not_fit_are_handed_back_by_name(load_tiny):
 
 
 def written(*texts, finished=True):
-    return {"prompt": "q", "completions": [{"text": t, "tokens": len(t), "finished": finished} for t in texts]}
+    return {"prompt": "q", "completions": [{"text": t, "token_ids": [1, 2], "finished": finished} for t in texts]}
 
 
 def test_mistake_01_pairs_whose_winner_is_a_and_pairs_whose_winner_is_b_are_both_kept(selector):
@@ -161,8 +161,12 @@ def test_extremes_takes_the_best_against_the_worst_of_each_prompt(selector):
     every, _ = label_completions(selector, [lively(selector)], entries, LabelSettings())
     rows, _ = label_completions(selector, [lively(selector)], entries, LabelSettings(pairs="extremes"))
     assert len(rows) == 2
-    wins = [
-        sum(r["chosen"] == rows[0]["chosen"] for r in every),
-        sum(r["rejected"] == rows[0]["rejected"] for r in every),
-    ]
-    assert wins == [3, 3] or min(wins) >= 2
+
+    def points(text):
+        """The mean probability that a completion is better than each of the others of its prompt."""
+        mine = [r for r in every if text in (r["chosen"], r["rejected"])]
+        return sum(r["probability"] if r["chosen"] == text else 1 - r["probability"] for r in mine) / len(mine)
+
+    for row, entry in zip(rows, entries, strict=True):
+        ranked = sorted((c["text"] for c in entry["completions"]), key=points)
+        assert {row["chosen"], row["rejected"]} == {ranked[0], ranked[-1]}

@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedbiscuit.data.encoding import EncodedComparison
 from fedbiscuit.federated.grouping import choose_seat
+from fedbiscuit.models.losses import margin_nats
 from fedbiscuit.models.policy import Pair, encode_pair, pair_dpo_loss, pair_sft_loss, reference_log_probs
 from fedbiscuit.models.selector import Selector, letter_margins, selector_loss
 from fedbiscuit.models.training import make_optimizer, stream, train
 from fedbiscuit.types import ClientData, Comparison, FederationError, LocalTraining, Reply, Task, Weights
 
-__all__ = ["Desk", "Memory", "answer", "choice_nats"]
+__all__ = ["Desk", "Memory", "answer"]
+
+
+MAX_SEATS = 60
+"""Prices that a client answers after scoring once. Each answer bounds the differences of its losses a little further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class Memory:
     """What one client keeps to itself between tasks: its losses under the adapters it scored last."""
 
     losses: list[float] = field(default_factory=list)
+    seats_left: int = 0
 
 
 def answer(task: Task, data: ClientData, desk: Desk, memory: Memory) -> Reply:
@@ -46,10 +51,13 @@ def answer(task: Task, data: ClientData, desk: Desk, memory: Memory) -> Reply:
     if task.kind == "train":
         return _train(task, data, desk)
     if task.kind == "evaluate":
-        memory.losses = _losses(task, data, desk)
+        memory.losses, memory.seats_left = _losses(task, data, desk), MAX_SEATS
         return Reply(task.client, metrics={"losses": list(memory.losses)} if task.share_losses else {})
     if len(memory.losses) != len(task.prices):
         raise FederationError(f"asked for a seat among {len(task.prices)}, but scored {len(memory.losses)} adapters")
+    if memory.seats_left == 0:
+        raise FederationError(f"asked for a seat more than {MAX_SEATS} times; enough prices would tell its losses")
+    memory.seats_left -= 1
     return Reply(task.client, seat=choose_seat(memory.losses, task.prices, task.client))
 
 
@@ -108,12 +116,5 @@ def _losses(task: Task, data: ClientData, desk: Desk) -> list[float]:
     encoded, _ = desk.selector.encode(data.validation)
     adapters = [task.adapters[u] for u in sorted(task.adapters)]
     margins = letter_margins(desk.selector, adapters, encoded, desk.batch_size)
-    return [float(choice_nats(margin, encoded).mean()) for margin in margins]
-
-
-def choice_nats(margins: Tensor, encoded: Sequence[EncodedComparison]) -> Tensor:
-    """(n,) loss in nats of (n, 2) letter margins, the mean of both orders: -log p of the letter that was chosen."""
-    sign = torch.tensor([1.0 if item.choice == 0 else -1.0 for item in encoded], dtype=torch.float64)
-    margins = margins.double()
-    by_order = torch.nn.functional.softplus(torch.stack([-sign * margins[:, 0], sign * margins[:, 1]], dim=1))
-    return by_order.mean(dim=1)
+    choices = torch.tensor([item.choice for item in encoded])
+    return [float(margin_nats(margin, choices).mean()) for margin in margins]

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from fedbiscuit.backends.client import Desk, Memory, answer
 from fedbiscuit.types import ClientData, ClientId, FedbiscuitError, Reply, Task
 
 __all__ = ["InProcessBackend"]
 
-log = logging.getLogger("fedbiscuit")
-
 
 class InProcessBackend:
-    """Answers tasks one after another with the LM of one desk; the data of all clients is here.
+    """Answers tasks one after another with the LM of one desk; the data of all clients is here."""
 
-    ``on_reply`` is called after each task, for a progress display.
-    """
-
-    def __init__(
-        self,
-        desk: Desk,
-        data: Mapping[ClientId, ClientData],
-        on_reply: Callable[[Task, Reply], None] | None = None,
-    ):
+    def __init__(self, desk: Desk, data: Mapping[ClientId, ClientData]):
         self._desk = desk
         self._data = data
         self._memory = {client: Memory() for client in data}
-        self._on_reply = on_reply
 
     def clients(self) -> list[ClientId]:
         """All clients that have something to train on."""
@@ -48,7 +36,5 @@ class InProcessBackend:
                 reply = Reply(
                     task.client, ok=False, error=f"out of memory: lower batch_size and raise grad_accum ({error})"
                 )
-            if self._on_reply:
-                self._on_reply(task, reply)
             replies.append(reply)
         return replies

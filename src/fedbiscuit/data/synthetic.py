@@ -1,23 +1,31 @@
 """The demo world: clients whose tastes are known, so that a result can be checked against the truth.
 
 Clients judge answers to everyday questions: brief or thorough, in a plain or a warm tone. Two groups of equal size
-agree about tone (both want it warm) and disagree about length (group 0 wants it brief, group 1 thorough). Of a client's
-comparisons two thirds differ in length alone, one sixth in tone alone and one sixth in both; where both differ, tone
-decides. So no single taste fits all clients, and what the majority wants of the policy is warmth.
+agree about length (both want it brief) and disagree about tone (group 0 wants it warm, group 1 plain). Of a client's
+comparisons two thirds differ in tone alone, one sixth in length alone and one sixth in both; where both differ, length
+decides. So no single taste fits all clients, and what the majority wants of the policy is brevity.
 
 The three splits ask different questions: a test question occurs in no client's training. Everything is a function of
 the settings and the seed. The texts are the project's own, in ``demo_world.json``.
 
-How far a rule gets on test comparisons, with 5% noise and 20 of them a client (14 differ in length alone), over three
-seeds; ``tests/unit/test_synthetic.py`` computes these::
+How far a rule gets on test comparisons, with 5% noise and 240 of them a client (160 differ in tone alone), over seeds 0
+to 2; ``tests/unit/test_synthetic.py`` computes these::
 
     the taste of the client's group            0.95             (the noise)
-    the best rule that is one for all clients  0.63 to 0.65
-    words counted, logistic regression         0.76 to 0.85     trained on one group
-                                               0.59 to 0.65     trained on all clients
-    the longer answer                          0.48 to 0.52     (0.20 for group 0, 0.80 for group 1)
-    the best single word, present or absent    0.59 and 0.58    for group 0 and 1, 1,440 comparisons each
+    the best rule that is one for all clients  0.65
+    the shorter answer                         0.64 to 0.66     (0.62 to 0.66 for group 0, 0.66 to 0.68 for group 1)
+    the longer answer                          0.34 to 0.36
+    words counted, logistic regression         0.85 to 0.87     trained on one group
+                                               0.61 to 0.64     trained on all clients
+    the best single word, present or absent    0.62 to 0.64     for one group
+                                               0.54 to 0.56     for all clients
+    the best punctuation mark, likewise        0.65 to 0.71     for one group: "!" for group 0, ":" for group 1
+                                               0.56 to 0.58     for all clients
     chance                                     0.50
+
+The shorter answer is as good as any rule for all clients: a selector has to beat it, not the longer one. With the few
+test comparisons of ``configs/demo.yaml``, 18 a client of which one is flipped, the group's taste gets 0.944, the best
+rule for all 0.66 to 0.67 and the shorter answer 0.63 to 0.67.
 """
 
 from __future__ import annotations
@@ -41,7 +49,7 @@ T = TypeVar("T")
 NUM_TEST_QUESTIONS = 20
 NUM_VALIDATION_QUESTIONS = 10
 NUM_HELD_OUT_ACTIVITIES = 24
-DIFFERENCES = ("length", "length", "length", "length", "tone", "both")
+DIFFERENCES = ("tone", "tone", "tone", "tone", "length", "both")
 """What the two answers of a comparison differ in, in the proportions of a client's comparisons."""
 CLEAR = 0.1
 """The least difference in utility of a comparison, for every group: people are asked what they can tell apart."""
@@ -116,26 +124,25 @@ def _comparisons(
 
 
 def _pair(question: Mapping[str, Any], difference: str, group: int, rng: random.Random) -> tuple[str, str]:
-    """Two answers, the one that the group prefers first; the groups disagree exactly where length alone differs."""
+    """Two answers, the one that the group prefers first; the groups disagree exactly where tone alone differs."""
     while True:
         brief, warm = rng.random() < 0.5, rng.random() < 0.5
-        place = rng.choice(("opener", "closer"))
-        first = _answer(question, brief, warm, place, rng)
-        second = _answer(question, brief ^ (difference != "tone"), warm ^ (difference != "length"), place, rng)
+        first = _answer(question, brief, warm, rng)
+        second = _answer(question, brief ^ (difference != "tone"), warm ^ (difference != "length"), rng)
         gains = [
             taste.utility(question["question"], first) - taste.utility(question["question"], second) for taste in TASTES
         ]
         disagree = min(gains) < 0 < max(gains)
-        if min(map(abs, gains)) >= CLEAR and disagree == (difference == "length"):
+        if min(map(abs, gains)) >= CLEAR and disagree == (difference == "tone"):
             return (first, second) if gains[group] > 0 else (second, first)
 
 
-def _answer(question: Mapping[str, Any], brief: bool, warm: bool, place: str, rng: random.Random) -> str:
-    """One answer; warm and plain ones have their phrase in the same place, so that only the words differ."""
+def _answer(question: Mapping[str, Any], brief: bool, warm: bool, rng: random.Random) -> str:
+    """One answer; warm and plain ones have their phrases in the same places, so that only the words differ."""
     tone = "warm" if warm else "plain"
     content = " ".join([rng.choice(question["brief"])] + ([] if brief else [rng.choice(question["more"])]))
-    phrase = rng.choice(texts()[f"{tone}_{place}s"])
-    return f"{phrase} {content}" if place == "opener" else f"{content} {phrase}"
+    opener, closer = (rng.choice(texts()[f"{tone}_{place}s"]) for place in ("opener", "closer"))
+    return f"{opener} {content} {closer}"
 
 
 def _prompts(activities: Sequence[str]) -> tuple[str, ...]:

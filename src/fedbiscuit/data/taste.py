@@ -16,11 +16,11 @@ from fedbiscuit.types import ClientId
 
 __all__ = ["TASTES", "Taste", "Truth", "length", "quality", "warmth", "words"]
 
-MIDDLE_LENGTH = 15
-"""Words at which the length score is one half: between the brief and the thorough answers of the demo world."""
+MIDDLE_LENGTH = 22
+"""Words at which the length score is one half; brief answers of the demo world have 13 on average, thorough ones 24."""
 USELESS = 4.0
-"""Penalty of a text of quality 0; half of it is more than all that warmth and length can earn."""
-SAME = 0.02
+"""Penalty of a text of quality 0; half of it is more than warmth and length together can change, which is 1.6."""
+SAME = 0.005
 """Utilities that are nearer than this are a tie."""
 
 WARM_MARKERS = (
@@ -60,8 +60,8 @@ def words(text: str) -> list[str]:
 def warmth(text: str) -> float:
     """0 (plain) to 1: how many different warm phrases a text has, and how much it exclaims and addresses the reader.
 
-    One phrase gives 0.63, two give 0.86. Exclamation marks and the word "you" count by their rate; each adds less than
-    half of what a phrase does.
+    One phrase gives 0.63, two give 0.86; the warm answers of the demo world have two, an opener and a closer. Exclamation
+    marks and the word "you" count by their rate; each weighs at most 0.4 of a phrase.
     """
     text, num_words = _plain(text), len(words(text))
     if not num_words:
@@ -73,7 +73,7 @@ def warmth(text: str) -> float:
 
 
 def length(text: str) -> float:
-    """0 to 1: 0.16 for 10 words, 0.5 for 15, 0.76 for 20."""
+    """0 to 1: 0.04 for 10 words, 0.5 for 22, 0.78 for 30, 0.92 for 40."""
     ratio = (len(words(text)) / MIDDLE_LENGTH) ** 4
     return ratio / (1.0 + ratio)
 
@@ -107,8 +107,8 @@ class Taste:
         return liked - USELESS * (1.0 - quality(prompt, response))
 
 
-TASTES = (Taste(warmth=1.0, length=-0.6), Taste(warmth=1.0, length=+0.6))
-"""Group 0 wants it brief, group 1 thorough; both want it warm, and a little more so."""
+TASTES = (Taste(warmth=+0.6, length=-1.0), Taste(warmth=-0.6, length=-1.0))
+"""Group 0 wants it warm, group 1 plain; both want it brief, and more so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,8 @@ class Truth:
     def majority_prefers(self, prompt: str, a: str, b: str) -> float:
         """1.0 if most clients prefer ``a``, 0.0 if ``b``, 0.5 for a tie.
 
-        Even votes, as two groups of equal size and opposite opinion give, are decided by the mean utility of all.
+        Even votes, as two groups of equal size and opposite opinion give, are decided by the mean utility of all. There
+        warmth cancels, so between useful texts the shorter one is preferred, and equally long ones are a tie.
         """
         gains = [taste.utility(prompt, a) - taste.utility(prompt, b) for taste in TASTES]
         groups = list(self.group_of.values())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedbiscuit.data.encoding import EncodedComparison
 from fedbiscuit.evaluation.metrics import Judged
+from fedbiscuit.models.losses import margin_nats
 from fedbiscuit.models.selector import Selector, choice_probability, letter_margins, vote
 from fedbiscuit.types import ClientId, Comparison, Grouping, Weights
 
@@ -73,20 +74,20 @@ def judge_by_group(scores: Mapping[ClientId, ClientMargins], grouping: Grouping)
     }
 
 
-def judge_by_vote(scores: Mapping[ClientId, ClientMargins], rule: str) -> dict[ClientId, Judged]:
+def judge_by_vote(
+    scores: Mapping[ClientId, ClientMargins], rule: str, temperature: float = 1.0
+) -> dict[ClientId, Judged]:
     """Each client by the vote of all selectors. Loss and flips are those of the mean margin."""
     judged = {}
     for client, one in scores.items():
         base = _judged(one.margins.mean(dim=0), one.choice)
-        probability = vote(choice_probability(one.margins), rule).probability.numpy()
+        probability = vote(choice_probability(one.margins, temperature), rule).probability.numpy()
         judged[client] = Judged(probability, base.choice, base.loss, base.flipped)
     return judged
 
 
 def _judged(margins: Tensor, choice: np.ndarray) -> Judged:
     """(n, 2) margins of one selector against the choices; loss in nats, the mean of both orders."""
-    both = margins.double().numpy()
-    sign = np.where(choice == 0, 1.0, -1.0)
-    loss = np.logaddexp(0.0, np.stack([-sign * both[:, 0], sign * both[:, 1]])).mean(axis=0)
-    flipped = (both[:, 0] > 0) == (both[:, 1] > 0)
-    return Judged(choice_probability(margins).numpy(), choice, loss, flipped.astype(float))
+    loss = margin_nats(margins, torch.from_numpy(choice)).numpy()
+    flipped = (margins[:, 0] > 0) == (margins[:, 1] > 0)
+    return Judged(choice_probability(margins).numpy(), choice, loss, flipped.double().numpy())

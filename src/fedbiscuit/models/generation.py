@@ -29,7 +29,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What was written: its tokens without the end-of-text, its text, and whether it ended by itself."""
+    """What was written: its text, its tokens with the end token if it wrote one, and whether it did."""
 
     tokens: tuple[int, ...]
     text: str
@@ -66,10 +66,8 @@ def generate(
             uniform = torch.stack([torch.rand((), generator=draws[row]) for row in live])
             chosen = _sample(logits, how, uniform.to(lm.device))
             for row, token in zip(live, chosen.tolist(), strict=True):
-                if token in ends:
-                    finished[row] = True
-                else:
-                    tokens[row].append(token)
+                tokens[row].append(token)
+                finished[row] = token in ends
             stay = [i for i, row in enumerate(live) if not finished[row]]
             if not stay or step + 1 == how.max_new_tokens:
                 break

@@ -79,8 +79,8 @@ def label_completions(
                     "rejected": bad["text"],
                     "probability": max(p, 1 - p),
                     "disagreement": float(said.disagreement[i]),
-                    "chosen_finished": good["finished"],
-                    "rejected_finished": bad["finished"],
+                    "chosen_token_ids": good["token_ids"],
+                    "rejected_token_ids": bad["token_ids"],
                 }
             )
     return rows, left_out

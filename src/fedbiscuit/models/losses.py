@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["choice_loss", "dpo_loss", "sft_loss"]
+__all__ = ["choice_loss", "dpo_loss", "margin_nats", "sft_loss"]
 
 
 def choice_loss(logits: Tensor, choices: Tensor) -> Tensor:
@@ -15,6 +15,15 @@ def choice_loss(logits: Tensor, choices: Tensor) -> Tensor:
     logits: (n, 2) of the two letters at the last position. choices: (n,) int64, 0 where A is preferred.
     """
     return F.cross_entropy(logits, choices)
+
+
+def margin_nats(margins: Tensor, choices: Tensor) -> Tensor:
+    """(n,) loss in nats of (n, 2) letter margins, shown as (A, B) and as (B, A): -log p of the letter, mean of both.
+
+    choices: (n,) 0 where A is preferred. The same as ``choice_loss`` over both orders, comparison by comparison.
+    """
+    sign = 1.0 - 2.0 * choices.double()
+    return F.softplus(torch.stack([-sign * margins[:, 0].double(), sign * margins[:, 1].double()], dim=1)).mean(dim=1)
 
 
 def dpo_loss(

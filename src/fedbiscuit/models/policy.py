@@ -37,17 +37,12 @@ class Pair:
     probability: float = 1.0
 
 
-def encode_pair(
-    lm: LM,
-    prompt: tuple[int, ...],
-    chosen: str,
-    rejected: str,
-    probability: float = 1.0,
-    finished: tuple[bool, bool] = (True, True),
-) -> Pair:
-    """Token ids of a preference. The end-of-text token closes only a response that ended by itself (mistake 12)."""
-    ends = [(lm.end,) if done else () for done in finished]
-    return Pair(prompt, lm.encode(chosen) + ends[0], lm.encode(rejected) + ends[1], probability)
+def encode_pair(lm: LM, prompt: tuple[int, ...], chosen: str, rejected: str) -> Pair:
+    """Token ids of a preference between two whole texts that people or others wrote: each is closed by the end token.
+
+    What the policy wrote itself is not encoded again: its own tokens are trained on, cut off or not (mistake 12).
+    """
+    return Pair(prompt, (*lm.encode(chosen), lm.end), (*lm.encode(rejected), lm.end))
 
 
 def response_log_probs(lm: LM, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:

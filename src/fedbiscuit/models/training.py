@@ -31,6 +31,7 @@ def train(
     function of (key, step), so a training that is resumed at ``first_step`` equals one that never stopped.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)  # a client that failed half-way leaves its gradients in the shared slot
     for step in range(first_step, how.steps):
         lm.model.train()
         torch.manual_seed(seed_for(*key, step))
@@ -43,9 +44,7 @@ def train(
                 report[name] = report.get(name, 0.0) + number / len(micro_batches)
         norm = torch.nn.utils.clip_grad_norm_(parameters, how.max_grad_norm or float("inf"))
         if not torch.isfinite(norm):
-            raise FedbiscuitError(
-                f"step {step}: the gradient is not finite (loss {report['loss']:.3g}); lower the learning rate (lr {how.lr:g})"
-            )
+            raise FedbiscuitError(f"step {step}: the gradient is not finite; lower the learning rate (lr {how.lr:g})")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         lm.model.eval()

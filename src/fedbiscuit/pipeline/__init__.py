@@ -13,7 +13,7 @@ from fedbiscuit.pipeline.alignment import align_policy
 from fedbiscuit.pipeline.comparing import evaluate_run
 from fedbiscuit.pipeline.labels import write_and_label
 from fedbiscuit.pipeline.rounds import train_all
-from fedbiscuit.pipeline.session import Progress, open_session, silent
+from fedbiscuit.pipeline.session import Progress, open_run, open_session, silent
 
 __all__ = ["Progress", "align", "evaluate", "label", "run_all", "train_selectors"]
 
@@ -36,22 +36,22 @@ def train_selectors(cfg: Config, resume: bool = False, progress: Progress = sile
         return session.run.path
 
 
-def label(cfg: Config, resume: bool = True, progress: Progress = silent) -> Path:
+def label(cfg: Config, progress: Progress = silent) -> Path:
     """Let the policy write and the selectors choose; leaves ``completions.jsonl`` and ``preferences.jsonl``."""
-    with open_session(cfg, resume, progress) as session:
+    with open_run(cfg, progress) as session:
         write_and_label(session)
         return session.run.path
 
 
-def align(cfg: Config, resume: bool = True, progress: Progress = silent) -> Path:
+def align(cfg: Config, progress: Progress = silent) -> Path:
     """Fine-tune the policy on ``preferences.jsonl`` by DPO; leaves ``policy/``."""
-    with open_session(cfg, resume, progress) as session:
+    with open_run(cfg, progress) as session:
         align_policy(session)
         return session.run.path
 
 
-def evaluate(cfg: Config, resume: bool = True, progress: Progress = silent) -> Path:
+def evaluate(cfg: Config, progress: Progress = silent) -> Path:
     """Selectors against held-out people, aligned against raw policy; leaves ``evaluation.json``."""
-    with open_session(cfg, resume, progress) as session:
+    with open_run(cfg, progress) as session:
         evaluate_run(session)
         return session.run.path

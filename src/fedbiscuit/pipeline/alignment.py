@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fedbiscuit.models.cards import policy_card
-from fedbiscuit.models.policy import Pair, encode_pair, pair_dpo_loss, reference_log_probs
+from fedbiscuit.models.policy import Pair, pair_dpo_loss, reference_log_probs
 from fedbiscuit.models.training import load_optimizer, make_optimizer, optimizer_tensors, stream, train
 from fedbiscuit.pipeline.session import Session
 from fedbiscuit.types import ConfigError
@@ -28,13 +28,8 @@ def align_policy(session: Session) -> None:
         for prompt in {r["prompt"] for r in rows}
     }
     pairs = [
-        encode_pair(
-            lm,
-            prompts[row["prompt"]],
-            row["chosen"],
-            row["rejected"],
-            row["probability"],
-            (row["chosen_finished"], row["rejected_finished"]),
+        Pair(
+            prompts[row["prompt"]], tuple(row["chosen_token_ids"]), tuple(row["rejected_token_ids"]), row["probability"]
         )
         for row in rows
     ]

@@ -55,7 +55,11 @@ def _evaluate_selectors(session: Session) -> dict[str, Any]:
     single = len(adapters) == 1
     rows = [summarize("one global selector" if single else "selector of the client's group", own, key, resamples)]
     if not single and not own_only:
-        rows.append(summarize("vote of all selectors", judge_by_vote(scores, cfg.labels.vote), key, resamples))
+        rows.append(
+            summarize(
+                "vote of all selectors", judge_by_vote(scores, cfg.labels.vote, cfg.labels.temperature), key, resamples
+            )
+        )
     if (run.path / "global").is_dir():
         everyone = dict.fromkeys(test, 0)
         judged = judge_by_group(
@@ -78,8 +82,9 @@ def _evaluate_selectors(session: Session) -> dict[str, Any]:
             for client in sorted(own)
         },
         "calibration": calibration(own),
-        "adjusted_rand_index": adjusted_rand_index(grouping, truth) if truth and not single else None,
+        "adjusted_rand_index": adjusted_rand_index(grouping, truth) if truth and not single and not own_only else None,
         "left_out": session.left_out,
+        "shortened_prompts": session.shortened,
     }
 
 

@@ -77,7 +77,7 @@ def write(
     return [
         {
             "prompt": prompt,
-            "completions": [{"text": c.text, "tokens": len(c.tokens), "finished": c.finished} for c in completions],
+            "completions": [{"text": c.text, "token_ids": list(c.tokens), "finished": c.finished} for c in completions],
         }
         for prompt, completions in zip(prompts, written, strict=True)
     ]

@@ -49,7 +49,8 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
     while state.round < settings.rounds and not _gave_up(history, settings.patience):
         state, record = fedbiscuit_round(state, backend, settings, seed)
         row = _row(record)
-        if settings.eval_every and (state.round % settings.eval_every == 0 or state.round == settings.rounds):
+        due = settings.eval_every and state.round % settings.eval_every == 0
+        if due or state.round == settings.rounds:
             row["metrics"]["validation"] = _validate(session, state, clients, settings)
         run.append_lines(metrics, [row])
         run.append_lines("timings.jsonl", [{"stage": name, "step": state.round, "seconds": record.seconds}])
@@ -88,8 +89,9 @@ def _validate(
 
 
 def _gave_up(history: Sequence[Mapping[str, Any]], patience: int) -> bool:
-    """Whether the validation loss has not become better for ``patience`` evaluations."""
-    losses = [row["metrics"]["validation"].get("loss") for row in history if "validation" in row["metrics"]]
+    """Whether the validation loss has not become better for ``patience`` evaluations after the warm-up."""
+    evaluated = [row for row in history if row["phase"] == "federated" and "validation" in row["metrics"]]
+    losses = [row["metrics"]["validation"].get("loss") for row in evaluated]
     known = [loss for loss in losses if loss is not None]
     return bool(patience) and len(known) > patience and min(known[-patience:]) >= min(known[:-patience])
 
@@ -147,12 +149,15 @@ def _unpacked_state(tensors: Mapping[str, Weights], values: Mapping[str, Any]) -
 
 
 def _save_adapters(session: Session, settings: FederatedSettings, state: ServerState, folder: str) -> None:
+    """The selectors as PEFT folders; of a baseline that trains the policy itself, the policy."""
     lm, config = session.lm, session.lm.adapter_config()
+    if settings.local.objective != "choice":
+        target = "policy" if folder == "selectors" else f"{folder}/policy"
+        session.run.save_adapter(
+            target, state.adapters[0], config, policy_card(lm.name, state.round, 0), base=lm.digest
+        )
+        return
+    letters = session.cfg.data.choice_tokens
     for u, weights in enumerate(state.adapters):
-        letters = session.cfg.data.choice_tokens
         card = selector_card(lm.name, u, len(state.adapters), state.round, session.cfg.data.template, letters)
         session.run.save_adapter(f"{folder}/u{u}", weights, config, card, base=lm.digest)
-    if settings.local.objective != "choice":
-        session.run.save_adapter(
-            "policy", state.adapters[0], config, policy_card(lm.name, state.round, 0), base=lm.digest
-        )

@@ -16,7 +16,7 @@ from fedbiscuit.models.selector import Selector
 from fedbiscuit.rundir import RunDir, machine_differences, machine_manifest, run_path
 from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, DataError, Weights
 
-__all__ = ["Progress", "Session", "open_session", "resolved", "silent"]
+__all__ = ["Progress", "Session", "open_run", "open_session", "resolved", "silent"]
 
 log = logging.getLogger("fedbiscuit")
 
@@ -37,6 +37,7 @@ class Session:
     dataset: Dataset
     progress: Progress
     left_out: dict[str, int] = field(default_factory=dict)
+    shortened: int = 0
 
     @cached_property
     def lm(self) -> LM:
@@ -57,19 +58,30 @@ class Session:
 
     @cached_property
     def clients(self) -> dict[ClientId, ClientData]:
-        """Every client's comparisons that fit ``max_tokens``; the others are counted in ``left_out``."""
+        """The comparisons that fit ``max_tokens``, of every client that has some to train on; the rest is in ``left_out``."""
         fitting = {}
         for client, data in self.dataset.clients.items():
             parts = [self._fitting(part) for part in (data.train, data.validation, data.test)]
             fitting[client] = ClientData(*parts)
+        if self.shortened:
+            total = sum(len(d.train) + len(d.validation) + len(d.test) for d in fitting.values())
+            share = f"{self.shortened} of {total} comparisons ({self.shortened / total:.0%})"
+            log.warning(
+                "%s have a prompt that was shortened to fit data.max_tokens=%d", share, self.cfg.data.max_tokens
+            )
         if not any(data.train for data in fitting.values()):
             raise DataError(
                 f"no client has a comparison that fits data.max_tokens={self.cfg.data.max_tokens}; raise it"
             )
-        return fitting
+        idle = sorted(client for client, data in fitting.items() if not data.train)
+        if idle:
+            log.warning("clients without a comparison to train on take no part: %s", ", ".join(idle[:5]))
+            self.left_out["clients without a comparison to train on"] = len(idle)
+        return {client: data for client, data in fitting.items() if data.train}
 
     def _fitting(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
-        _, too_long = self.selector.encode(comparisons)
+        encoded, too_long = self.selector.encode(comparisons)
+        self.shortened += sum(item.cut > 0 for item in encoded)
         if too_long:
             reason = "comparisons whose two answers do not fit max_tokens"
             self.left_out[reason] = self.left_out.get(reason, 0) + len(too_long)
@@ -100,10 +112,19 @@ def open_session(cfg: Config, resume: bool, progress: Progress) -> Iterator[Sess
             run.write_json("manifest.json", machine_manifest(device=str(session.lm.device)) | digests)
         else:
             run.check_same("manifest.json", {"model": session.lm.digest}, "base model")
-            for difference in machine_differences(run.read_json("manifest.json") or {}, machine_manifest()):
+            now = machine_manifest(device=str(session.lm.device))
+            for difference in machine_differences(run.read_json("manifest.json") or {}, now):
                 log.warning("%s: %s", run.path, difference)
         run.write_text("config.yaml", dump_config(cfg))
         yield session
+
+
+def open_run(cfg: Config, progress: Progress) -> contextlib.AbstractContextManager[Session]:
+    """A run that exists, to go on in it with a later stage."""
+    path = run_path(cfg.runs_dir, cfg.name)
+    if not (path / "config.yaml").exists():
+        raise ConfigError(f"{path}: there is no run here; train its selectors first: `fedbiscuit train CONFIG`")
+    return open_session(cfg, True, progress)
 
 
 def _check_settings(run: RunDir, cfg: Config) -> None:
@@ -126,7 +147,7 @@ def resolved(settings: FederatedSettings, clients: Mapping[ClientId, ClientData]
     """The baselines, as the settings that they are: centralized is one pooled client, local only an adapter for each."""
     holders = sorted(client for client, data in clients.items() if data.train)
     if settings.population == "centralized":
-        return settings.model_copy(update={"num_adapters": 1, "cohort_size": 1, "warmup_rounds": 0})
+        return settings.model_copy(update={"num_adapters": 1, "cohort_size": 1, "warmup_rounds": 0, "min_replies": 1})
     if settings.population == "local":
         groups = {client: u for u, client in enumerate(holders)}
         update = {
@@ -146,4 +167,11 @@ def resolved(settings: FederatedSettings, clients: Mapping[ClientId, ClientData]
         raise ConfigError(
             f"selectors.num_adapters: {settings.num_adapters} for {len(holders)} clients; use at most one each"
         )
+    if settings.grouping_cohort > len(holders):
+        raise ConfigError(
+            f"selectors.grouping_cohort: {settings.grouping_cohort}, but only {len(holders)} clients take part; use 0 for all"
+        )
+    if settings.grouping == "fixed" and settings.num_adapters > 1 and settings.groups.keys() != set(holders):
+        odd = sorted(settings.groups.keys() ^ set(holders))
+        raise ConfigError(f"selectors.groups: must name each client once; {len(odd)} differ, such as {odd[:3]}")
     return settings

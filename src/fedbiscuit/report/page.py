@@ -109,7 +109,7 @@ def _policy(run: RunView) -> str:
     return (
         "<section>\n<h2>Is the aligned policy better than the raw one?</h2>\n"
         + table("Aligned against raw policy", ("<judged by", "win rate", "wins–ties–losses"), rows)
-        + '<p class="note">On prompts that nobody trained on; each pair of answers judged in both orders, ties count '
+        + '<p class="note">On prompts that the policy was not trained on; each pair of answers judged in both orders, ties count '
         f"half, with 95% intervals.{words}</p>\n</section>"
     )
 

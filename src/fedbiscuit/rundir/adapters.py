@@ -44,6 +44,7 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     "lora_alpha": _number,
     "lora_dropout": _number,
     "target_modules": _modules,
+    "layers_to_transform": lambda value: isinstance(value, list) and all(type(n) is int and n >= 0 for n in value),
     "use_rslora": _truth,
     "bias": lambda value: value == "none",
     "init_lora_weights": _truth,
