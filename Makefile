@@ -39,7 +39,6 @@ bench: $(DEV)
 
 quality: $(DEV)
 	$(BIN)/python -m pytest -m quality
-	@for script in benchmarks/quality_*.py; do test ! -e "$$script" || $(BIN)/python "$$script" || exit 1; done
 
 docs: $(DOCS)
 	$(BIN)/python scripts/generate_docs.py

@@ -261,3 +261,28 @@ def test_baselines_and_options_are_settings_of_the_same_loop(tmp_path, tiny_mode
     else:
         assert (run / "policy" / "adapter_model.safetensors").exists()
         assert result["policy"]["judges"] == []
+
+
+def test_a_template_that_cannot_label_is_refused_before_anything_is_trained(tmp_path, tiny_model):
+    cfg = settings(tmp_path, tiny_model, "data.template=tldr")
+    with pytest.raises(ConfigError, match="subreddit"):
+        pipeline.run_all(cfg)
+    assert not (tmp_path / "runs" / "one" / "metrics.jsonl").exists()
+
+
+def test_fixed_groups_must_name_every_client(tmp_path, tiny_model):
+    cfg = settings(tmp_path, tiny_model, "selectors.grouping=fixed", "selectors.groups={person-0: 0, persn-1: 1}")
+    with pytest.raises(ConfigError, match="must name each client once"):
+        pipeline.train_selectors(cfg)
+
+
+def test_early_stopping_waits_for_the_end_of_the_warm_up():
+    from fedbiscuit.pipeline.rounds import _gave_up
+
+    def row(phase, loss):
+        return {"phase": phase, "metrics": {"validation": {"loss": loss}}}
+
+    warmup = [row("warmup", loss) for loss in (0.5, 0.9, 0.9, 0.9)]
+    assert not _gave_up(warmup, 2)
+    assert not _gave_up([*warmup, row("federated", 0.8), row("federated", 0.7)], 2)
+    assert _gave_up([*warmup, *(row("federated", loss) for loss in (0.6, 0.7, 0.65))], 2)

@@ -606,7 +606,7 @@ def test_fault_86_a_folder_that_was_being_replaced_when_the_power_went_comes_bac
 
 # Two at once
 
-HOLD = "import sys, time; from fedbiscuit.rundir import RunDir; run = RunDir.open(sys.argv[1], resume=True); print('open', flush=True); time.sleep(60)"  # noqa: E501
+HOLD = "import sys, time; from fedbiscuit.rundir import RunDir; run = RunDir.open(sys.argv[1], resume=True); print('open', flush=True); time.sleep(60)"
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_calibration_compares_confidence_with_how_often_it_is_right():
     assert bins[1]["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_the_longer_answer_wins_by_words_and_ties_are_half():
+def test_the_longer_answer_wins_by_characters_and_ties_are_half():
     rows = [Comparison("q", "two words", "one", 0), Comparison("q", "a", "b c", 0), Comparison("q", "a", "b", 1)]
     assert longer_answer(rows).accuracy == pytest.approx(0.5)
 

@@ -503,7 +503,10 @@ def test_every_file_and_folder_is_synced_before_and_after_it_is_renamed(tmp_path
 
 
 def test_mistake_17_a_text_with_line_breaks_and_the_word_score_does_not_break_a_record(tmp_path):
-    rows = [{"prompt": "Score: 10\nScore\u2028: 3", "answer": '"Score": {1}\r\n'}, {"prompt": "next", "answer": "Score"}]
+    rows = [
+        {"prompt": "Score: 10\nScore\u2028: 3", "answer": '"Score": {1}\r\n'},
+        {"prompt": "next", "answer": "Score"},
+    ]
     with RunDir.open(tmp_path / "run", resume=False) as run:
         run.append_lines("answers.jsonl", rows)
         assert run.read_lines("answers.jsonl") == rows

@@ -287,9 +287,6 @@ def test_the_demo_refuses_settings_that_it_would_ignore():
 
 
 def test_the_demo_world_is_loaded_with_its_truth_and_its_prompts(tmp_path):
-    synthetic = pytest.importorskip("fedbiscuit.data.synthetic")
-    if not hasattr(synthetic, "demo_world"):
-        pytest.skip("the demo world is not written yet")
     demo = DemoSettings(num_clients=4, comparisons_per_client=6, validation_per_client=2, test_per_client=2)
     dataset = load(DataSettings(source="demo", demo=demo), 0)
     assert set(dataset.truth.group_of) == set(dataset.clients)

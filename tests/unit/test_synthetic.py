@@ -95,7 +95,8 @@ def bag_of_words_accuracy(train: list[Comparison], test: list[Comparison]) -> fl
     counts = CountVectorizer(token_pattern=r"(?u)\b\w+\b").fit([t for c in train for t in (c.output_a, c.output_b)])
 
     def differences(rows: list[Comparison]) -> np.ndarray:
-        return (counts.transform([c.output_a for c in rows]) - counts.transform([c.output_b for c in rows])).toarray()
+        a, b = (counts.transform(side) for side in ([c.output_a for c in rows], [c.output_b for c in rows]))
+        return np.asarray((a - b).toarray())
 
     x, y = differences(train), np.array([c.choice == 0 for c in train])
     model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(np.concatenate([x, -x]), np.concatenate([y, ~y]))
@@ -171,7 +172,7 @@ def test_prompts_for_alignment_are_many_short_and_disjoint_from_the_held_out_one
     assert len(set(prompts)) == len(prompts) >= 200
     assert len(set(held_out)) == len(held_out) >= 40
     assert not set(prompts) & set(held_out)
-    assert all(6 <= len(prompt.split()) <= 14 for prompt in prompts + held_out)
+    assert all(6 <= len(prompt.split()) <= 15 for prompt in prompts + held_out)
     activities = [a for a in texts()["activities"] if any(a in prompt for prompt in prompts)]
     assert not any(a in prompt for prompt in held_out for a in activities)
 
@@ -325,7 +326,9 @@ def test_one_word_is_enough_to_decide_between_answers_of_a_language_model(world:
 # How far rules get
 
 
-@pytest.mark.parametrize(("noise", "test", "expected"), [(0.05, 20, 0.95), (0.05, 18, 17 / 18), (0.0, 20, 1.0)])
+@pytest.mark.parametrize(
+    ("noise", "test", "expected"), [(0.05, 20, 0.95), (0.05, 18, 17 / 18), (0.05, 12, 11 / 12), (0.0, 20, 1.0)]
+)
 def test_the_true_taste_of_its_group_is_right_but_for_the_noise(noise: float, test: int, expected: float) -> None:
     world = demo_world(DemoSettings(comparisons_per_client=1, test_per_client=test, noise=noise), seed=0)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedbiscuit.types import Comparison, ConfigError, DataError
 
-__all__ = ["TEMPLATES", "EncodedComparison", "Encoder", "Template", "encode_comparison", "load_template"]
+__all__ = ["EXTRA", "TEMPLATES", "EncodedComparison", "Encoder", "Template", "encode_comparison", "load_template"]
 
 Encoder = Callable[[str], Sequence[int]]
 """Text to token ids, without special tokens added or parsed."""

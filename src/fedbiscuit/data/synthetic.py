@@ -23,9 +23,8 @@ to 2; ``tests/unit/test_synthetic.py`` computes these::
                                                0.56 to 0.58     for all clients
     chance                                     0.50
 
-The shorter answer is as good as any rule for all clients: a selector has to beat it, not the longer one. With the few
-test comparisons of ``configs/demo.yaml``, 18 a client of which one is flipped, the group's taste gets 0.944, the best
-rule for all 0.66 to 0.67 and the shorter answer 0.63 to 0.67.
+The shorter answer is as good as any rule for all clients: a selector has to beat it, not the longer one. Flipped choices
+are whole ones: with 12 or 18 test comparisons a client one is flipped, so the group's taste gets 11/12 or 17/18.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ def calibration(judged: Mapping[ClientId, Judged]) -> list[dict[str, float]]:
 
 
 def longer_answer(comparisons: Sequence[Comparison]) -> Judged:
-    """The rule "the answer with more words is better"; equal lengths count one half."""
-    lengths = np.array([[len(c.output_a.split()), len(c.output_b.split())] for c in comparisons]).reshape(-1, 2)
+    """The rule "the answer with more characters is better", as in `data check`; equal lengths count one half."""
+    lengths = np.array([[len(c.output_a), len(c.output_b)] for c in comparisons]).reshape(-1, 2)
     probability = 0.5 + 0.5 * np.sign(lengths[:, 0] - lengths[:, 1])
     count = len(comparisons)
     choice = np.array([c.choice for c in comparisons], dtype=int)

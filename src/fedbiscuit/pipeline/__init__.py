@@ -11,7 +11,7 @@ from pathlib import Path
 from fedbiscuit.config import Config
 from fedbiscuit.pipeline.alignment import align_policy
 from fedbiscuit.pipeline.comparing import evaluate_run
-from fedbiscuit.pipeline.labels import write_and_label
+from fedbiscuit.pipeline.labels import check_template, write_and_label
 from fedbiscuit.pipeline.rounds import train_all
 from fedbiscuit.pipeline.session import Progress, open_run, open_session, silent
 
@@ -21,8 +21,11 @@ __all__ = ["Progress", "align", "evaluate", "label", "run_all", "train_selectors
 def run_all(cfg: Config, resume: bool = False, progress: Progress = silent) -> Path:
     """Everything: train selectors, generate, label, align, evaluate. Returns the run folder."""
     with open_session(cfg, resume, progress) as session:
+        labels = cfg.selectors.local.objective == "choice"
+        if labels:
+            check_template(session)
         train_all(session)
-        if cfg.selectors.local.objective == "choice":
+        if labels:
             write_and_label(session)
             align_policy(session)
         evaluate_run(session)

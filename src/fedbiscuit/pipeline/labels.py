@@ -7,18 +7,31 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from fedbiscuit.data.encoding import EXTRA
 from fedbiscuit.models.generation import Sampling, generate
 from fedbiscuit.models.labeling import label_completions
 from fedbiscuit.models.lm import LM
 from fedbiscuit.pipeline.session import Session
-from fedbiscuit.types import DataError
+from fedbiscuit.types import ConfigError, DataError
 
-__all__ = ["write", "write_and_label", "write_raw"]
+__all__ = ["check_template", "write", "write_and_label", "write_raw"]
+
+
+def check_template(session: Session) -> None:
+    """Stop before anything is trained where the template asks for what prompts for the policy do not have."""
+    template = session.selector.template
+    missing = [field for field in template.fields if field in EXTRA]
+    if missing:
+        raise ConfigError(
+            f"data.template: {template.name} needs {missing}, which the policy's prompts do not have, so its answers cannot be "
+            "labeled; use another template, or only `fedbiscuit train` and `fedbiscuit evaluate`"
+        )
 
 
 def write_and_label(session: Session) -> None:
     """``completions.jsonl``, batch by batch, then ``preferences.jsonl``, whole."""
     run, cfg = session.run, session.cfg
+    check_template(session)
     adapters = session.selectors()
     prompts = session.dataset.prompts[: cfg.generation.num_prompts or None]
     if not prompts:

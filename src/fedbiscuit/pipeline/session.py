@@ -157,7 +157,7 @@ def resolved(settings: FederatedSettings, clients: Mapping[ClientId, ClientData]
             "groups": groups,
             "scale": "cohort",
         }
-        return settings.model_copy(update=update)
+        settings = settings.model_copy(update=update)
     if settings.cohort_size > len(holders):
         raise ConfigError(
             f"selectors.cohort_size: {settings.cohort_size}, but only {len(holders)} clients have comparisons to train on; "
