@@ -141,6 +141,7 @@ def test_evaluation_compares_group_selectors_with_one_global_one_the_longer_answ
         "vote of all selectors",
         "one global selector",
         "the longer answer",
+        "the shorter answer",
         "chance",
     ]
     assert set(result["selectors"]["clients"]) == {f"person-{k}" for k in range(6)}

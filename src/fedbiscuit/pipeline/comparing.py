@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedbiscuit.evaluation.metrics import calibration, longer_answer, summarize
@@ -32,7 +33,7 @@ def evaluate_run(session: Session) -> None:
 
 
 def _evaluate_selectors(session: Session) -> dict[str, Any]:
-    """Test comparisons of every client: its group's selector, the vote, the global one, the longer answer, chance."""
+    """Test comparisons of every client: its group's selector, the vote, the global one, the longer and the shorter answer, chance."""
     cfg, run = session.cfg, session.run
     key, resamples = (cfg.seed, "test"), cfg.evaluation.bootstrap
     limit = cfg.evaluation.max_comparisons or None
@@ -68,6 +69,8 @@ def _evaluate_selectors(session: Session) -> dict[str, Any]:
         rows.append(summarize("one global selector", judged, key, resamples))
     longer = {client: longer_answer(held) for client, held in test.items()}
     rows.append(summarize("the longer answer", longer, key, resamples))
+    shorter = {client: replace(one, probability=1 - one.probability) for client, one in longer.items()}
+    rows.append(summarize("the shorter answer", shorter, key, resamples))
     rows.append({"name": "chance", "accuracy": 0.5, "accuracy_comparisons": 0.5, "worst_decile": 0.5})
     truth = _true_groups(session)
     return {
