@@ -33,7 +33,7 @@ def evaluate_run(session: Session) -> None:
 
 
 def _evaluate_selectors(session: Session) -> dict[str, Any]:
-    """Test comparisons of every client: its group's selector, the vote, the global one, the longer and the shorter answer, chance."""
+    """Every client's test comparisons by its group's selector, the vote, one global selector, length rules and chance."""
     cfg, run = session.cfg, session.run
     key, resamples = (cfg.seed, "test"), cfg.evaluation.bootstrap
     limit = cfg.evaluation.max_comparisons or None
