@@ -26,7 +26,7 @@ quickstart: $(RUNTIME)
 	fi
 
 test: $(DEV)
-	$(BIN)/python -m pytest -m "not quality"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not quality" -n 2 --dist loadscope
 
 check: $(DEV)
 	$(BIN)/ruff format --check .
