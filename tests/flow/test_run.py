@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,14 +217,23 @@ def test_fault_30_a_data_file_that_changed_is_noticed_at_resume(tmp_path, tiny_m
         pipeline.train_selectors(cfg, resume=True)
 
 
-def test_mistake_10_labeling_without_trained_selectors_is_an_error(tmp_path, tiny_model):
-    with pytest.raises((ConfigError, IntegrityError), match="selectors"):
-        pipeline.label(settings(tmp_path, tiny_model))
+def test_mistake_10_labeling_without_a_trained_selector_is_an_error(tmp_path, tiny_model):
+    cfg = settings(tmp_path, tiny_model, "selectors.rounds=3")
+    with pytest.raises(ConfigError, match="train its selectors first"):
+        pipeline.label(cfg)
+    assert not (tmp_path / "runs").exists()
+    run = pipeline.train_selectors(cfg)
+    shutil.rmtree(run / "selectors" / "u1")
+    with pytest.raises(IntegrityError, match=r"u1.*no adapter"):
+        pipeline.label(cfg)
+    assert not (run / "preferences.jsonl").exists()
 
 
 def test_aligning_without_labels_is_an_error_with_the_next_step(tmp_path, tiny_model):
+    cfg = settings(tmp_path, tiny_model, "selectors.rounds=3")
+    pipeline.train_selectors(cfg)
     with pytest.raises(ConfigError, match="fedbiscuit label"):
-        pipeline.align(settings(tmp_path, tiny_model))
+        pipeline.align(cfg)
 
 
 def test_mistake_13_the_last_round_is_saved_whatever_save_every_says(tmp_path, tiny_model):

@@ -236,7 +236,7 @@ def test_run_ends_with_a_table_the_report_and_three_commands(calls, capsys):
     assert "group selectors 90.0% 80-95% 10.0%" in lines
     assert "longer answer 50.0%" in lines
     assert "selectors 70.0% 60-80% 7-0-3" in lines
-    assert "Left out: 3 comparisons (too long)" in lines
+    assert "Left out: too long: 3" in lines
     assert "Report: runs/a/report.html" in lines
     assert len(lines[lines.index("Next:") + 1 :]) == 3
     assert shown.err == "run_all 1/2  accuracy 0.5\nrun_all 2/2  accuracy 0.6\n"

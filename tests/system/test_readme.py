@@ -75,6 +75,7 @@ TINY = [
     "model.device=cpu",
     "model.threads=1",
     "model.lora.r=2",
+    "model.lora.layers_to_transform=[]",
     "policy_model=null",
     "data.demo.num_clients=4",
     "data.demo.comparisons_per_client=6",
