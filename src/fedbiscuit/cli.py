@@ -61,13 +61,13 @@ def run(config: Source, /, *overrides: Overrides, resume: Resume = False) -> Non
     cfg, is_folder = _settings(config, overrides)
     from fedbiscuit import pipeline
     from fedbiscuit.report import write_report
-    from fedbiscuit.terminal import ProgressLines, print_summary
+    from fedbiscuit.terminal import ProgressLines, print_evaluation, print_next
 
     with ProgressLines() as progress:
         run_dir = pipeline.run_all(cfg, resume=resume or is_folder, progress=progress)
     report_path = write_report(run_dir)
-    evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
-    print_summary(evaluation, str(report_path), _next_commands(config, cfg, is_folder))
+    print_evaluation(_evaluation(run_dir))
+    print_next(str(report_path), _next_commands(config, overrides, cfg, is_folder))
 
 
 @app.command(sort_key=2)
@@ -82,7 +82,10 @@ def train(config: Source, /, *overrides: Overrides, resume: Resume = False) -> N
 
     with ProgressLines() as progress:
         run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress)
-    _say_next(run_dir, "label", "selectors")
+    if cfg.selectors.local.objective == "choice":
+        _say_next(run_dir, "label", "selectors")
+    else:
+        _say_next(run_dir, "evaluate", "policy")
 
 
 @app.command(sort_key=3)
@@ -116,17 +119,26 @@ def align(config: Source, /, *overrides: Overrides) -> None:
 
 
 @app.command(sort_key=5)
-def evaluate(config: Source, /, *overrides: Overrides) -> None:
+def evaluate(
+    config: Source,
+    /,
+    *overrides: Overrides,
+    checkpoints: Annotated[
+        bool, Parameter(negative="", show_default=False, help="also every checkpoint that keep_every has kept")
+    ] = False,
+) -> None:
     """Measure selectors and policy on people's choices and prompts that they were not trained on.
 
     Example: fedbiscuit evaluate runs/demo
     """
     cfg, _ = _settings(config, overrides)
     from fedbiscuit import pipeline
-    from fedbiscuit.terminal import ProgressLines
+    from fedbiscuit.terminal import ProgressLines, print_evaluation
 
     with ProgressLines() as progress:
-        run_dir = pipeline.evaluate(cfg, progress=progress)
+        run_dir = pipeline.evaluate(cfg, progress=progress, checkpoints=checkpoints)
+    print_evaluation(_evaluation(run_dir))
+    print()
     _say_next(run_dir, "report", "evaluation.json")
 
 
@@ -167,7 +179,10 @@ def show_config(
     elif config is None:
         raise ConfigError("config: give a config file, such as configs/demo.yaml, or --schema")
     else:
+        from fedbiscuit.data.encoding import load_template
+
         cfg, _ = _settings(config, overrides)
+        load_template(cfg.data.template)
         print(f"{config}: all settings are fine" if check else dump_config(cfg), end="\n" if check else "")
 
 
@@ -209,11 +224,14 @@ def _run_dir(cfg: Config) -> Path:
     return Path(cfg.runs_dir) / cfg.name
 
 
-def _token_counter(model: str) -> Any:
-    from fedbiscuit.config import ModelSettings
-    from fedbiscuit.models.lm import load_lm
+def _evaluation(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8")))
 
-    tokenizer = load_lm(ModelSettings(base=model, device="cpu")).tokenizer
+
+def _token_counter(model: str) -> Any:
+    from fedbiscuit.models.lm import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -234,9 +252,13 @@ def _say_next(run_dir: Path, command: str, made: str) -> None:
     print(f"{run_dir / made} is ready; next: {_program()} {command} {shlex.quote(str(run_dir))}")
 
 
-def _next_commands(config: Path, cfg: Config, is_folder: bool) -> list[tuple[str, str]]:
+def _next_commands(config: Path, overrides: Sequence[str], cfg: Config, is_folder: bool) -> list[tuple[str, str]]:
     """Three things to try after a run."""
-    again = shlex.quote(str(_run_dir(cfg) / "config.yaml" if is_folder else config))
+    kept, rest = [], list(overrides)
+    while rest:
+        words = [rest.pop(0)] if "=" in rest[0] else [rest.pop(0), rest.pop(0)]
+        kept += [] if words[0].partition("=")[0] in ("name", "seed") else words
+    again = shlex.join([str(_run_dir(cfg) / "config.yaml" if is_folder else config), *kept])
     return [
         (f"{_program()} run {again} name={cfg.name[:57]}-seed1 seed=1", "the same with other random draws"),
         (f"{_program()} data check FILE.jsonl", "look at comparisons of your own"),

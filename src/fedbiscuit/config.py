@@ -5,6 +5,7 @@ The sections below are the documentation: ``docs/settings.md`` and the JSON sche
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,11 @@ class ModelSettings(Section):
         0, description="CPU threads; 0: as torch decides. Another number of threads gives other last bits"
     )
     gradient_checkpointing: bool = Field(False, description="less memory for more time in training")
+    trunk_gigabytes: Annotated[float, Field(ge=0.0, le=1e6)] = Field(
+        2.0,
+        description="with adapters in upper layers only (lora.layers_to_transform): memory for what the layers below make "
+        "of comparisons, so that each passes through them once; 0: keep nothing. Keeping gives other last bits",
+    )
     lora: LoraSettings = Field(default_factory=LoraSettings)
 
 
@@ -121,7 +127,9 @@ class DemoSettings(Section):
 class DataSettings(Section):
     """People's comparisons."""
 
-    source: str = Field("jsonl", description="demo, jsonl, tldr or shp; see the dict at the foot of data/sources.py")
+    source: Literal["demo", "jsonl", "tldr", "shp"] = Field(
+        "jsonl", description="what kind of files; see the dict at the foot of data/sources.py"
+    )
     path: Paths = Field((), description="files (.jsonl, .jsonl.gz) or, for tldr and shp, the folder of the originals")
     prompts: str = Field(
         "",
@@ -180,7 +188,12 @@ class FederatedSettings(Section):
     )
     groups: dict[str, CountOrOff] = Field(default_factory=dict, description="fixed: client -> adapter")
     grouping_cohort: CountOrOff = Field(0, description="clients that are regrouped at a time; 0: all")
-    price_steps: Annotated[int, Field(ge=1, le=100)] = Field(
+    grouping_comparisons: CountOrOff = Field(
+        0,
+        description="score adapters on at least so many comparisons a client: where it has fewer to validate on, on the "
+        "training comparisons that come next; 0: on validation comparisons only",
+    )
+    price_steps: Annotated[int, Field(ge=1, le=20)] = Field(
         10, description="prices: how often prices are announced; up to three times as often where groups stay uneven"
     )
     weights: Literal["equal", "examples"] = "equal"
@@ -216,6 +229,15 @@ class FederatedSettings(Section):
     patience: CountOrOff = Field(
         0, description="evaluations without a better validation loss before stopping; 0: never"
     )
+
+
+def least_replies(cfg: FederatedSettings) -> int:
+    """How many replies for one adapter the aggregator needs to be able to outvote or cut any."""
+    if cfg.aggregator == "krum":
+        return 2 * cfg.byzantine + 3
+    if cfg.aggregator == "trimmed_mean":
+        return math.ceil((1 - 1e-9) / cfg.trim)
+    return 1
 
 
 class GenerationSettings(Section):
@@ -332,6 +354,21 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
             f"{chosen.rounds} rounds end within the warm-up ({chosen.num_adapters} adapters x {chosen.warmup_rounds} "
             f"warmup_rounds = {warmup}), so clients would never be grouped; set rounds above {warmup}",
         )
+    if chosen.population == "federated" and 0 < chosen.cohort_size < least_replies(chosen):
+        yield (
+            "selectors.cohort_size",
+            f"{chosen.cohort_size} clients are too few for {chosen.aggregator} with these settings; it needs "
+            f"{least_replies(chosen)} replies an adapter",
+        )
+    made = cfg.data.demo.num_clients if cfg.data.source == "demo" else cfg.data.partition.num_clients
+    if chosen.population == "federated" and made:
+        for key, number in (
+            ("cohort_size", chosen.cohort_size),
+            ("num_adapters", chosen.num_adapters),
+            ("grouping_cohort", chosen.grouping_cohort),
+        ):
+            if number > made:
+                yield f"selectors.{key}", f"{number}, but there are only {made} clients"
     if several and chosen.grouping == "fixed" and not chosen.groups:
         yield "selectors.groups", "grouping fixed needs the adapter of each client, such as {ann: 0, bo: 1}"
     if chosen.groups and chosen.grouping != "fixed":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["ProgressLines", "clean", "print_error", "print_summary"]
+__all__ = ["ProgressLines", "clean", "print_error", "print_evaluation", "print_next"]
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -88,37 +88,61 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def print_summary(evaluation: Mapping[str, Any], report: str, next_commands: Sequence[tuple[str, str]]) -> None:
-    """What a newcomer wants to see at the end of a run: the two tables, where the report is, what to try next."""
+def print_evaluation(evaluation: Mapping[str, Any]) -> None:
+    """What a newcomer wants to see of ``evaluation.json``: selectors, policy, and the checkpoints where they were judged."""
     selectors, policy = evaluation.get("selectors"), evaluation.get("policy")
     if selectors:
         print("\nSelectors: how often they agree with people's choices that nobody trained on")
-        rows = [
-            (row["name"], _percent(row["accuracy"]), _interval(row.get("interval")), _percent(row.get("flip_rate")))
-            for row in selectors["rows"]
-        ]
-        _print_table(("", "accuracy", "95% interval", "flips with order"), rows)
+        _print_table(
+            ("", "accuracy", "95% interval", "flips with order"), [_agreement(row) for row in selectors["rows"]]
+        )
         if selectors.get("adjusted_rand_index") is not None:
             found = selectors["adjusted_rand_index"]
             print(f"  Groups against the true ones: adjusted Rand index {found:.2f} (1 is perfect, 0 is chance)")
-        for reason, count in selectors.get("left_out", {}).items():
-            if count:
-                print(f"  Left out: {clean(reason)}: {count}")
-    if policy:
+        if selectors.get("checkpoints"):
+            print("\nSelectors along the way, each client by its group at that time")
+            rows = [(str(row["round"]), *_agreement(row)[1:]) for row in selectors["checkpoints"]]
+            _print_table(("after round", "accuracy", "95% interval", "flips with order"), rows)
+    for reason, count in (evaluation.get("left_out") or {}).items():
+        if count:
+            print(f"  Left out: {clean(reason)}: {count}")
+    if policy and not policy["judges"]:
+        print(
+            "\nPolicy: there is nobody to judge it (no selectors, and no known truth); evaluation.json has its answers"
+        )
+    elif policy:
         print(
             "\nPolicy: how often the aligned answer is preferred to the raw one, on prompts that it was not trained on"
         )
-        rows = [
-            (judge["name"], _percent(judge["win_rate"]), _interval(judge.get("interval")), _record(judge))
-            for judge in policy["judges"]
-        ]
-        _print_table(("judged by", "win rate", "95% interval", "wins-ties-losses"), rows)
-    print(f"\nReport: {clean(report)}")
-    if next_commands:
-        print("\nNext:")
-        width = max(len(command) for command, _ in next_commands)
-        for command, purpose in next_commands:
-            print(f"  {clean(command):<{width}}  # {purpose}")
+        _print_table(
+            ("judged by", "win rate", "95% interval", "wins-ties-losses"),
+            [(judge["name"], *_wins(judge)) for judge in policy["judges"]],
+        )
+        if policy.get("checkpoints"):
+            print("\nPolicy along the way, against the raw one")
+            rows = [
+                (row["name"], str(row["step"]), *_wins(row), f"{row['words']:.1f}") for row in policy["checkpoints"]
+            ]
+            _print_table(
+                ("judged by", "after step", "win rate", "95% interval", "wins-ties-losses", "words an answer"), rows
+            )
+
+
+def print_next(report: str, next_commands: Sequence[tuple[str, str]]) -> None:
+    """Where the report is, and what to try next."""
+    print(f"\nReport: {clean(report)}\n\nNext:")
+    width = max(len(command) for command, _ in next_commands)
+    for command, purpose in next_commands:
+        print(f"  {clean(command):<{width}}  # {purpose}")
+
+
+def _agreement(row: Mapping[str, Any]) -> tuple[str, ...]:
+    name = str(row["name"])
+    return name, _percent(row["accuracy"]), _interval(row.get("interval")), _percent(row.get("flip_rate"))
+
+
+def _wins(judge: Mapping[str, Any]) -> tuple[str, ...]:
+    return _percent(judge["win_rate"]), _interval(judge.get("interval")), _record(judge)
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -167,7 +167,7 @@ class Task:
     prices: tuple[float, ...] = ()
     local: LocalTraining | None = None
     consumed: int = 0
-    """train: how many comparisons of its stream this client has used in earlier rounds."""
+    """train, evaluate: how many comparisons of its stream this client has used in earlier rounds."""
     share_losses: bool = False
     """evaluate: ask for the losses themselves. Research in one process only; a real client may refuse."""
 

@@ -45,7 +45,7 @@ def settings(tmp_path: Path, model: Path, *overrides: str, name: str = "one") ->
     text = f"""
 name: {name}
 runs_dir: {tmp_path / "runs"}
-model: {{base: {model}, device: cpu, threads: 1, lora: {{r: 4, dropout: 0.1}}}}
+model: {{base: {model}, device: cpu, threads: 1, lora: {{r: 4, dropout: 0.1, layers_to_transform: [1]}}}}
 data: {{path: {world}, template: choice, max_tokens: 200}}
 selectors:
   num_adapters: 2
@@ -247,6 +247,44 @@ def test_early_stopping_ends_after_patience_evaluations_without_gain(tmp_path, t
     overrides = ["selectors.rounds=40", "selectors.patience=2", "selectors.local.lr=1e-30", "selectors.eval_every=1"]
     run = pipeline.train_selectors(settings(tmp_path, tiny_model, *overrides))
     assert 3 <= len(lines(run / "metrics.jsonl")) < 40
+
+
+def test_mistake_06_early_stopping_keeps_the_round_of_least_validation_loss_and_its_groups(tmp_path, tiny_model):
+    overrides = ["selectors.rounds=12", "selectors.patience=3", "selectors.eval_every=1", "selectors.local.lr=0.3"]
+    cfg = settings(tmp_path, tiny_model, *overrides, "evaluation.compare_global=false", "selectors.keep_every=1")
+    run = pipeline.train_selectors(cfg)
+    rows = lines(run / "metrics.jsonl")
+    loss_after = {row["round"] + 1: row["metrics"]["validation"]["loss"] for row in rows if row["phase"] == "federated"}
+    best = min(loss_after, key=loss_after.get)
+    assert best < len(rows)  # it became worse, or this shows nothing
+    for name in ("u0/adapter_model.safetensors", "u1/adapter_model.safetensors", "groups.json"):
+        kept = (run / f"checkpoints/round-{best:06d}" / name).read_bytes()
+        assert (run / "selectors" / name).read_bytes() == kept
+    assert json.loads((run / "selectors/groups.json").read_text())["round"] == best
+
+
+def test_what_was_kept_along_the_way_is_evaluated_on_demand(tmp_path, tiny_model):
+    cfg = settings(tmp_path, tiny_model, "alignment.keep_every=2", "selectors.keep_every=1")
+    run = pipeline.run_all(cfg)
+    assert json.loads((run / "evaluation.json").read_text())["policy"]["checkpoints"] == []
+    pipeline.evaluate(cfg, checkpoints=True)
+    result = json.loads((run / "evaluation.json").read_text())
+    rounds = result["selectors"]["checkpoints"]
+    assert [row["round"] for row in rounds] == [3, 4, 5, 6]  # there are no groups in the warm-up
+    last = result["selectors"]["rows"][0]
+    assert (rounds[-1]["accuracy"], rounds[-1]["interval"]) == (last["accuracy"], last["interval"])
+    assert [row["step"] for row in result["policy"]["checkpoints"]] == [2, 4]
+    assert all(0 <= row["win_rate"] <= 1 and row["words"] > 0 for row in result["policy"]["checkpoints"])
+
+
+def test_checkpoints_are_those_of_the_groups_and_not_of_the_global_selector(finished):
+    run, _ = finished
+    assert sorted(p.name for p in (run / "checkpoints/round-000006").iterdir()) == ["groups.json", "u0", "u1"]
+    kept, final = (
+        (run / f"{folder}/u0/adapter_model.safetensors").read_bytes()
+        for folder in ("checkpoints/round-000006", "selectors")
+    )
+    assert kept == final
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import fedbiscuit
 from fedbiscuit import cli
 from fedbiscuit.config import load_config, parse_config
-from fedbiscuit.terminal import ProgressLines, print_summary
+from fedbiscuit.terminal import ProgressLines, print_evaluation, print_next
 from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, FederationError, IntegrityError
 
 EVALUATION = {
@@ -26,8 +26,8 @@ EVALUATION = {
             {"name": "longer answer", "accuracy": 0.5},
         ],
         "adjusted_rand_index": 1.0,
-        "left_out": {"too long": 3},
     },
+    "left_out": {"too long": 3},
     "policy": {
         "judges": [{"name": "selectors", "win_rate": 0.7, "interval": [0.6, 0.8], "wins": 7, "losses": 3, "ties": 0}]
     },
@@ -55,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
     pipeline, report = types.ModuleType("fedbiscuit.pipeline"), types.ModuleType("fedbiscuit.report")
 
     def stage(name: str):
-        def work(cfg, *, progress, resume=True):
+        def work(cfg, *, progress, resume=True, checkpoints=False):
             made.append((name, cfg, resume))
             progress(name, 1, 2, "accuracy 0.5")
             progress(name, 2, 2, "accuracy 0.6")
@@ -244,8 +244,19 @@ def test_run_ends_with_a_table_the_report_and_three_commands(calls, capsys):
 
 
 def test_without_a_policy_or_selectors_the_summary_still_has_the_report(capsys):
-    print_summary({"selectors": None, "policy": None}, "r.html", [])
-    assert capsys.readouterr().out == "\nReport: r.html\n"
+    print_evaluation({"selectors": None, "policy": None})
+    print_next("r.html", [("x", "to try")])
+    assert capsys.readouterr().out == "\nReport: r.html\n\nNext:\n  x  # to try\n"
+
+
+def test_checkpoints_that_were_evaluated_have_their_own_tables(capsys):
+    judge = {"name": "vote", "win_rate": 0.75, "interval": [0.5, 1.0], "wins": 3, "ties": 0, "losses": 1}
+    selectors = EVALUATION["selectors"] | {"checkpoints": [{"round": 4, **EVALUATION["selectors"]["rows"][0]}]}
+    policy = {"judges": [judge], "checkpoints": [{"step": 8, "words": 6.5, **judge}]}
+    print_evaluation({"selectors": selectors, "policy": policy})
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "4 90.0% 80-95% 10.0%" in lines
+    assert "vote 8 75.0% 50-100% 3-0-1 6.5" in lines
 
 
 def test_plain_progress_prints_first_last_and_at_most_every_ten_seconds(capsys, monkeypatch):

@@ -150,6 +150,16 @@ def test_over_many_rounds_every_client_is_sampled_about_equally_often() -> None:
 # One round
 
 
+def test_a_group_too_small_for_its_robust_rule_waits_and_is_counted_instead_of_ending_the_run() -> None:
+    tastes = {f"c{number}": (1.0 if number < 5 else -1.0) for number in range(6)}
+    groups = {name: int(taste < 0) for name, taste in tastes.items()}
+    cfg = biscuit(aggregator="krum", byzantine=1, cohort_size=0, grouping="fixed", groups=groups)
+    state, record = fedbiscuit_round(init_state([adapter(), adapter()]), Town(tastes), cfg, seed=0)
+    assert value(state, 0) > 0
+    assert value(state, 1) == 0.0
+    assert record.metrics["too_few"] == [1]
+
+
 def test_a_round_of_one_adapter_is_the_average_of_what_clients_learned() -> None:
     state, record = fedbiscuit_round(init_state([adapter()]), Town({"ann": 2.0, "bo": 6.0}), cfg_of(), seed=0)
     assert value(state) == 2.0

@@ -190,3 +190,23 @@ def test_a_client_answers_only_so_many_prices(desk):
     replies = backend.run([task] * 100)
     assert 30 <= sum(reply.ok for reply in replies) < 100
     assert "asked for a seat more than" in replies[-1].error
+
+
+def test_few_validation_comparisons_are_filled_up_with_training_ones_that_come_next(desk, monkeypatch):
+    read = []
+    real = Selector.encode
+    monkeypatch.setattr(Selector, "encode", lambda self, held: read.append(list(held)) or real(self, held))
+    data = ClientData(comparisons(6), comparisons(2, choice=1))
+    task = Task("evaluate", "ann", 0, two_adapters(desk), consumed=2)
+    answer(task, data, desk, Memory())
+    assert read.pop() == list(data.validation)
+    filled = dataclasses.replace(desk, grouping_comparisons=5)
+    answer(task, data, filled, Memory())
+    *validation, first, second, third = read.pop()
+    assert validation == list(data.validation)
+    whole_epoch = {c.id for c in data.train}
+    assert {first.id, second.id, third.id} < whole_epoch
+    answer(dataclasses.replace(task, consumed=0), data, filled, Memory())
+    assert read.pop()[2:4] != [first, second]  # of the stream, from where the client stands in it
+    answer(task, ClientData(comparisons(3)), filled, Memory())  # nobody is left out for lack of validation comparisons
+    assert len(read.pop()) == 3

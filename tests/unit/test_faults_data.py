@@ -172,7 +172,8 @@ def test_fault_12_a_duplicate_key_is_refused(written):
 def test_fault_13_text_after_the_record_names_the_line(written):
     refused(written(GOOD + b"\n" + GOOD + b" ok"), "train.jsonl:2: column", "more text after the record")
     refused(written(json.dumps(record(), indent=1).encode()), "train.jsonl:1: ", "the record goes on in the next line")
-    refused(written(json.dumps([record()]).encode()), "train.jsonl:1: expected one JSON object a line", "a list")
+    refused(written(json.dumps([record()]).encode()), "train.jsonl:1: a JSON array, not one JSON object a line")
+    refused(written(b"[1, 2]"), "train.jsonl:1: expected one JSON object a line", "a list")
 
 
 @pytest.mark.parametrize("key", ["prompt", "output_a", "output_b", "choice"])
@@ -363,3 +364,13 @@ def test_fault_30_a_changed_file_has_another_digest(written):
     assert read_comparisons(path)[1].files == before
     written(GOOD + b" ")
     assert read_comparisons(path)[1].files != before
+
+
+def test_an_array_or_a_table_instead_of_json_lines_is_one_error_that_says_how_to_convert_it(tmp_path):
+    array, table = tmp_path / "a.json", tmp_path / "t.csv"
+    array.write_text(json.dumps([{"prompt": "q", "chosen": "y", "rejected": "n"}] * 4, indent=1))
+    table.write_text("prompt,chosen,rejected\nq,y,n\nq,y,m\n")
+    for path, way in ((array, "jq -c"), (table, "pandas")):
+        report = check_files([path])
+        assert len(report.errors) == 1
+        assert way in report.errors[0]

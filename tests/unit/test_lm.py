@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fedbiscuit.config import LoraSettings, ModelSettings
 from fedbiscuit.models.lm import load_lm, resolve_model
@@ -40,6 +41,61 @@ def test_fault_47_a_folder_that_is_no_causal_lm_is_refused(tmp_path):
         load_lm(ModelSettings(base=str(tmp_path)))
 
 
+def test_mistake_10_a_base_model_that_lacks_weights_is_refused_and_not_filled_with_random_ones(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    lost = [name for name in weights if "layers.1.mlp" in name]
+    save_file({n: w for n, w in weights.items() if n not in lost}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"{len(lost)} tensors are missing.*layers\.1\.mlp"):
+        load_lm(ModelSettings(base=str(folder), device="cpu"))
+
+
+def test_fault_57_a_base_model_in_pickles_is_not_opened(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="safetensors"):
+        load_lm(ModelSettings(base=str(folder), device="cpu"))
+
+
+def test_fault_49_a_truncated_base_model_is_named_with_a_next_step(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    for size in (0, 100, 5000):
+        (folder / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:size])
+        with pytest.raises(ConfigError, match=r"model\.base: .*model: cannot be loaded.*; check the files"):
+            load_lm(ModelSettings(base=str(folder), device="cpu"))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_before_anything_is_trained(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token"}))
+    with pytest.raises(ConfigError, match="eos_token"):
+        load_lm(ModelSettings(base=str(folder), device="cpu"))
+
+
+def test_a_chat_template_that_refuses_the_system_message_says_what_to_set(load_tiny):
+    lm = load_tiny()
+    before = lm.tokenizer.chat_template
+    lm.tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    )
+    try:
+        with pytest.raises(ConfigError, match=r"no system role.*generation\.system"):
+            lm.chat_prompt("hello", system="be kind")
+    finally:
+        lm.tokenizer.chat_template = before
+
+
+def test_a_base_model_that_drops_in_training_has_no_trunk(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}))
+    upper = LoraSettings(dropout=0.5, layers_to_transform=(1,))
+    assert not load_lm(ModelSettings(base=str(folder), device="cpu", lora=upper)).has_trunk
+    assert load_lm(ModelSettings(base=str(tiny_model), device="cpu", lora=upper)).has_trunk
+
+
 def test_fault_62_a_truncated_gguf_file_or_tokenizer_is_an_error_that_names_it(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDBISCUIT_CACHE", str(tmp_path / "cache"))
     broken = tmp_path / "broken.gguf"
@@ -49,7 +105,7 @@ def test_fault_62_a_truncated_gguf_file_or_tokenizer_is_an_error_that_names_it(t
     assert not list((tmp_path / "cache").rglob("config.json"))
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:500])
-    with pytest.raises(ConfigError, match="model"):
+    with pytest.raises(ConfigError, match=r"model\.base: .*/model: cannot be loaded"):
         load_lm(ModelSettings(base=str(folder)))
 
 
@@ -106,6 +162,45 @@ def test_new_adapters_are_a_function_of_their_key_and_start_as_the_base_model(lo
         with_adapter = lm.hidden(forest)
         with lm.adapter_off():
             assert torch.equal(with_adapter, lm.hidden(forest))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_layers_below_all_adapters_are_computed_once_for_all_of_them(load_tiny, family):
+    lm = load_tiny(family, lora={"layers_to_transform": (1,)})
+    forest = lm.pack([[1, 2, 3, 4], [1, 2, 3, 5, 6], *([*range(20, 40), i] for i in range(3))])
+    calls = []
+    below, above = lm.model.get_base_model().base_model.layers
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, layer in (("below", below), ("above", above))
+    ]
+    with torch.no_grad():
+        plain = lm.hidden(forest)
+        calls.clear()
+        trunk = lm.trunk(forest)
+        assert calls == ["below"]
+        again = [lm.hidden(forest, trunk) for _ in range(2)]
+        assert calls == ["below", "above", "above"]
+        assert torch.equal(lm.hidden(forest), plain)  # nothing stays skipped
+    for hook in hooks:
+        hook.remove()
+    assert all(torch.equal(plain, hidden) for hidden in again)
+    assert load_tiny(family).trunk(forest) is None  # the lowest layer has an adapter: nothing to share
+
+
+def test_an_architecture_in_which_the_trunk_changes_the_result_shares_none(load_tiny):
+    lm = load_tiny(lora={"layers_to_transform": (1,)})
+    body = lm.model.get_base_model().base_model
+    forward = body.forward
+
+    def scaling(*args, inputs_embeds=None, **kwargs):
+        return forward(*args, inputs_embeds=None if inputs_embeds is None else 2 * inputs_embeds, **kwargs)
+
+    body.forward = scaling
+    forest = lm.pack([[1, 2, 3]])
+    assert lm.trunk(forest) is not None
+    lm.check_trunk(forest)
+    assert lm.trunk(forest) is None
 
 
 def test_bfloat16_computes_close_to_float32(load_tiny):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedbiscuit.models.losses import choice_loss, dpo_loss, margin_nats, sft_loss
+from fedbiscuit.models.selector import choice_probability
 
 
 def test_choice_loss_is_the_mean_of_minus_log_p_of_the_chosen_letter():
@@ -65,10 +66,9 @@ def test_dpo_loss_and_log_probabilities_equal_trls_on_the_same_tensors(load_tiny
     assert report["rejected_logp"] == pytest.approx(logged["logps/rejected"][-1], abs=1e-3)
 
 
-def test_margin_nats_of_each_comparison_average_to_choice_loss_over_both_orders():
+def test_margin_nats_are_those_of_the_probability_by_which_a_selector_chooses():
     margins, choices = torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([0, 1])
-    logits = torch.stack([margins, torch.zeros(2, 2)], dim=-1)
-    letters = torch.stack([choices, 1 - choices], dim=1)
-    assert margin_nats(margins, choices).mean().item() == pytest.approx(
-        choice_loss(logits.flatten(0, 1), letters.flatten()).item()
-    )
+    p_of_a = choice_probability(margins)
+    assert margin_nats(margins, choices).tolist() == pytest.approx([-math.log(p_of_a[0]), -math.log(1 - p_of_a[1])])
+    liking = torch.tensor([[5.0, 5.0]])  # of the letter A, whatever it stands for
+    assert torch.allclose(margin_nats(margins + liking, choices), margin_nats(margins, choices))

@@ -117,12 +117,10 @@ def test_data_without_any_split_gets_a_tenth_for_the_test_and_says_so():
     assert any("clients without test comparisons: 1, first 'cy'" in message for message in division.warnings)
 
 
-def test_what_is_held_out_is_drawn_anew_for_each_seed_and_client():
+def test_what_is_held_out_is_drawn_anew_for_each_seed():
     data = many(10, "ann", None)
     drawn = {partition(data, annotators(), seed, 0.05)["ann"].validation[0].prompt for seed in range(40)}
     assert len(drawn) > 5
-    copies = [pair(f"p{i}", f"client {j}") for j in range(40) for i in range(10)]
-    assert len({share.test[0].prompt for share in partition(copies, annotators(), 0, 0.05).values()}) > 5
 
 
 def test_one_split_anywhere_means_that_the_user_decides():
@@ -321,3 +319,37 @@ def test_real_annotators_keep_all_that_is_theirs(name):
     assert all(share.validation for share in division.clients.values())
     for client, share in division.clients.items():
         assert {comparison.client for comparison in pieces(share)} == {client}
+
+
+def test_people_who_judged_the_same_things_have_them_held_out_alike():
+    judged = [pair(f"question {i}", client, a=f"yes {i}") for client in ("ann", "bo", "cy") for i in range(40)]
+    division = divide(judged, annotators(), 0, 0.1)
+    trained, held_out = ({c.prompt for s in division.clients.values() for c in part(s)} for part in (train_of, held_of))
+    assert not trained & held_out
+    assert not any("in train of one client" in warning for warning in division.warnings)
+
+
+def test_answers_that_one_client_trains_on_and_another_is_tested_on_are_remarked_without_splits_too():
+    uneven = [pair(f"question {i}", client) for client, count in (("ann", 40), ("bo", 20)) for i in range(count)]
+    division = divide(uneven, annotators(), 0, 0.1)
+    assert any("in train of one client and in validation or test of another" in w for w in division.warnings)
+
+
+def test_of_many_prompts_whole_ones_are_held_out_so_that_no_answer_of_theirs_is_in_train():
+    ranking = [
+        pair(f"question {i}", "ann", a=f"answer {i} {a}", b=f"answer {i} {b}")
+        for i in range(20)
+        for a in range(4)
+        for b in range(a)
+    ]
+    share = divide(ranking, annotators(), 0, 0.1).clients["ann"]
+    assert not {c.prompt for c in train_of(share)} & {c.prompt for c in held_of(share)}
+    assert len(share.test) == 12
+
+
+def train_of(share: ClientData):
+    return share.train
+
+
+def held_of(share: ClientData):
+    return share.validation + share.test

@@ -73,6 +73,8 @@ def write_fake_run(
         [{"prompt": f"p{i}{text}", "completions": [{"text": "a", "tokens": 1, "finished": True}]} for i in range(9)],
     )
     (folder / "labels.json").write_text(json.dumps({"pairs": 140, "left_out": {"tie": 0, "equal completions": 3}}))
+    left_out = {f"comparisons whose two answers do not fit max_tokens{text}": 4}
+    (folder / "left_out.json").write_text(json.dumps({"clients": len(names), "left_out": left_out}))
     preference = {"prompt": "p0", "chosen": "a", "rejected": "b", "probability": 0.8, "disagreement": 0.1}
     write_lines(folder / "preferences.jsonl", [preference] * 140)
     margins = [1.4 * (1 - math.exp(-i / 50)) + rng.gauss(0, 0.4) for i in range(steps)]
@@ -162,7 +164,6 @@ def fake_evaluation(rng: random.Random, names: list[str], num_adapters: int, tex
                 {"p": 0.525 + b / 20, "accuracy": 0.53 + b / 22, "count": 8 + 6 * b} for b in range(10)
             ],
             "adjusted_rand_index": 1.0 if num_adapters > 1 else None,
-            "left_out": {f"comparisons whose two answers do not fit max_tokens{text}": 4},
         },
         "policy": {
             "judges": [
@@ -394,7 +395,9 @@ def test_checkpoints_that_were_judged_add_the_win_rate_by_step(tmp_path: Path) -
     folder = write_fake_run(tmp_path / "demo")
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert "DPO step" not in page_of(folder).text
-    evaluation["policy"]["checkpoints"] = [{"step": 40 * i, "win_rate": 0.5 + i / 10} for i in range(4)]
+    evaluation["policy"]["checkpoints"] = [
+        {"step": 40 * i, "name": judge, "win_rate": 0.5 + i / 10} for i in range(4) for judge in ("vote", "truth")
+    ]
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     assert "DPO step" in page_of(folder).text
 

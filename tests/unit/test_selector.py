@@ -66,6 +66,19 @@ def test_margins_of_a_batch_equal_those_of_single_comparisons(selector):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+def test_margins_of_adapters_that_share_a_trunk_equal_those_of_each_alone(load_tiny):
+    lm = load_tiny(lora={"layers_to_transform": (1,)})
+    selector = Selector.of(lm, load_template("choice"), (" A", " B"), 200)
+    encoded, _ = selector.encode([Comparison(f"q{i % 2}", f"yes {i}", "no", 0) for i in range(5)])
+    adapters = [lively(selector), lively(selector, 1)]
+    seen = []
+    together = letter_margins(selector, adapters, encoded, batch_size=2, progress=seen.append)
+    assert seen == [2, 4, 5]
+    for u, adapter in enumerate(adapters):
+        assert torch.equal(together[u], letter_margins(selector, [adapter], encoded, batch_size=2)[0])
+    assert not torch.equal(together[0], together[1])
+
+
 def test_the_loss_is_the_mean_over_both_orders_of_minus_log_p_of_the_chosen_letter(selector):
     encoded, _ = selector.encode([Comparison("q", "yes", "no", 1)])
     selector.lm.put_adapter(lively(selector))

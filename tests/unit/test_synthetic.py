@@ -251,6 +251,8 @@ def test_length_is_one_half_at_22_words() -> None:
         "Happy to help with the rice! " * 5,
         PROMPT,
         "Thank you! How do I keep rice from sticking to the pot?",
+        "Banana elephant.",
+        "Water, maybe.",
     ],
 )
 @pytest.mark.parametrize("group", [0, 1])

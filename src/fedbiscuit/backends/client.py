@@ -36,6 +36,8 @@ class Desk:
     chat: bool = True
     system: str = ""
     batch_size: int = 16
+    grouping_comparisons: int = 0
+    """Score adapters on so many comparisons at least, training ones where there are fewer to validate on."""
 
 
 @dataclass(slots=True)
@@ -69,10 +71,9 @@ def _train(task: Task, data: ClientData, desk: Desk) -> Reply:
     lm.put_adapter(start)
     parameters = lm.trainable(desk.freeze_a)
     size, per_step = how.batch_size, how.batch_size * how.grad_accum
-    order = (desk.seed, task.client, "order")
 
     def batches(step: int) -> list[list[Comparison]]:
-        taken = stream(data.train, task.consumed + step * per_step, per_step, order)
+        taken = stream(data.train, task.consumed + step * per_step, per_step, _order(task, desk))
         return [taken[i : i + size] for i in range(0, per_step, size)]
 
     def loss(batch: Sequence[Comparison]) -> tuple[Tensor, dict[str, float]]:
@@ -84,6 +85,11 @@ def _train(task: Task, data: ClientData, desk: Desk) -> Reply:
     end = lm.adapter()
     delta: Weights = {name: end[name] - start[name] for name in parameters}
     return Reply(task.client, adapter=u, delta=delta, num_examples=min(how.comparisons_per_round, len(data.train)))
+
+
+def _order(task: Task, desk: Desk) -> tuple[object, ...]:
+    """The key of the order in which a client goes through its comparisons."""
+    return (desk.seed, task.client, "order")
 
 
 def _objective(batch: Sequence[Comparison], desk: Desk, how: LocalTraining) -> Tensor:
@@ -110,11 +116,17 @@ def _pair(comparison: Comparison, desk: Desk) -> Pair:
 
 
 def _losses(task: Task, data: ClientData, desk: Desk) -> list[float]:
-    """Mean validation loss in nats under each adapter of the task, in the order of their numbers."""
-    if not data.validation:
+    """Mean loss in nats under each adapter of the task, in the order of their numbers.
+
+    On the client's validation comparisons and, where these are fewer than ``grouping_comparisons``, on those that come
+    next in its stream: of an epoch that is not over, these are the ones that it has not trained on.
+    """
+    missing = min(max(0, desk.grouping_comparisons - len(data.validation)), len(data.train))
+    scored = [*data.validation, *stream(data.train, task.consumed, missing, _order(task, desk))]
+    if not scored:
         raise FederationError("no validation comparisons to score adapters on; it keeps its seat")
-    encoded, _ = desk.selector.encode(data.validation)
+    encoded, _ = desk.selector.encode(scored)
     adapters = [task.adapters[u] for u in sorted(task.adapters)]
-    margins = letter_margins(desk.selector, adapters, encoded, desk.batch_size)
+    margins = letter_margins(desk.selector, adapters, encoded, desk.batch_size, keep=True)
     choices = torch.tensor([item.choice for item in encoded])
     return [float(margin_nats(margin, choices).mean()) for margin in margins]

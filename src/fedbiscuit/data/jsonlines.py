@@ -50,7 +50,11 @@ def iter_objects(path: str | Path, digest: Any = None) -> Iterator[tuple[int, di
         if isinstance(line, bytes):
             if not line.strip():
                 continue
+            other = _other_format(path, line) if empty else None
             empty = False
+            if other:
+                yield number, DataError(other)
+                return
             try:
                 yield number, _parse(_decode(line))
             except DataError as error:
@@ -60,6 +64,15 @@ def iter_objects(path: str | Path, digest: Any = None) -> Iterator[tuple[int, di
             yield number, line
     if empty:
         raise DataError(f"{path}: the file is empty; expected one JSON object a line")
+
+
+def _other_format(path: str | Path, first: bytes) -> str | None:
+    """What to do with a file whose first line says that it is no JSON lines at all."""
+    if (first.lstrip().startswith(b"[") and not first.rstrip().endswith(b"]")) or first.lstrip().startswith(b"[{"):
+        return f"a JSON array, not one JSON object a line; convert it: jq -c '.[]' {path} > NEW.jsonl"
+    if re.search(r"\.[ct]sv(\.gz)?\Z", str(path)) and not first.lstrip().startswith(b"{"):
+        return "a table, not JSON lines; convert it, as pandas does: read_csv(FILE).to_json(NEW, orient='records', lines=True)"
+    return None
 
 
 def iter_lines(path: str | Path, digest: Any = None) -> Iterator[tuple[int, bytes | DataError]]:

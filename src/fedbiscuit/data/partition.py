@@ -18,6 +18,8 @@ __all__ = ["PARTITIONS", "Division", "divide", "partition", "pooled"]
 
 MAX_VALIDATION = 200
 TEST_FRACTION = 0.1
+MANY_PROMPTS = 20
+"""Prompts a client from which on whole prompts are held out, not only pairs of answers."""
 
 Held = dict[ClientId, list[Comparison]]
 
@@ -54,7 +56,7 @@ def divide(comparisons: Sequence[Comparison], settings: PartitionSettings, seed:
     left_out: dict[str, int] = {}
     shares: dict[ClientId, ClientData] = {}
     for client in sorted(held):
-        shares[client], num_shared = _split_share(held[client], client, seed, val_fraction, hold_out_test)
+        shares[client], num_shared = _split_share(held[client], seed, val_fraction, hold_out_test)
         _count(left_out, "training comparisons whose pair is also held out at the same client", num_shared)
     idle = [client for client in shares if not shares[client].train]
     if settings.by == "annotator":
@@ -183,7 +185,7 @@ def _milder(settings: PartitionSettings) -> str:
 
 
 def _split_share(
-    mine: Sequence[Comparison], client: ClientId, seed: int, val_fraction: float, hold_out_test: bool
+    mine: Sequence[Comparison], seed: int, val_fraction: float, hold_out_test: bool
 ) -> tuple[ClientData, int]:
     """A client's three parts, and how many comparisons were left out because their pair is held out too."""
     train, validation, test = (
@@ -195,34 +197,43 @@ def _split_share(
     clean_train = [comparison for comparison in train if pair_of(comparison) not in held_out]
     num_shared = len(train) - len(clean_train) + len(validation) - len(clean_validation)
     train, validation = clean_train, clean_validation
+    by_prompt = len({comparison.prompt for comparison in train}) >= MANY_PROMPTS
     if hold_out_test:
-        test, train = _hold_out(train, round(TEST_FRACTION * len(train)), seed, client, "test")
+        test, train = _hold_out(train, round(TEST_FRACTION * len(train)), by_prompt, seed, "test")
     if not validation:
         count = min(MAX_VALIDATION, int(val_fraction * len(train)))
-        validation, train = _hold_out(train, count, seed, client, "validation")
+        validation, train = _hold_out(train, count, by_prompt, seed, "validation")
     return ClientData(tuple(train), tuple(validation), tuple(test)), num_shared
 
 
 def _hold_out(
-    train: list[Comparison], count: int, seed: int, client: ClientId, purpose: str
+    train: list[Comparison], count: int, by_prompt: bool, seed: int, purpose: str
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """About ``count`` comparisons, at least one, by whole pairs; the rest is never empty. Of one pair: nothing."""
-    groups: dict[tuple[str, str, str], int] = {}
+    """About ``count`` comparisons, at least one, by whole prompts or whole pairs; the rest is never empty.
+
+    The draw knows the texts and no client, so that people who judged the same things have them held out alike. Of one
+    pair: nothing.
+    """
+
+    def unit(comparison: Comparison) -> tuple[str, ...]:
+        return (comparison.prompt,) if by_prompt else pair_of(comparison)
+
+    groups: dict[tuple[str, ...], int] = {}
     for comparison in train:
-        groups[pair_of(comparison)] = groups.get(pair_of(comparison), 0) + 1
+        groups[unit(comparison)] = groups.get(unit(comparison), 0) + 1
     if len(groups) < 2:
         return [], train
-    taken: set[tuple[str, str, str]] = set()
+    taken: set[tuple[str, ...]] = set()
     num_taken = 0
-    drawn = sorted(groups, key=lambda pair: seed_for(seed, client, purpose, *pair))
-    for pair in drawn:
-        if num_taken + groups[pair] <= count:
-            taken.add(pair)
-            num_taken += groups[pair]
-    if not taken:  # every pair was judged more often than we want to take: one that was judged least
+    drawn = sorted(groups, key=lambda texts: seed_for(seed, purpose, *texts))
+    for texts in drawn:
+        if num_taken + groups[texts] <= count:
+            taken.add(texts)
+            num_taken += groups[texts]
+    if not taken:  # every one was judged more often than we want to take: one that was judged least
         taken = {min(drawn, key=groups.__getitem__)}
-    held_out = [comparison for comparison in train if pair_of(comparison) in taken]
-    return held_out, [comparison for comparison in train if pair_of(comparison) not in taken]
+    held_out = [comparison for comparison in train if unit(comparison) in taken]
+    return held_out, [comparison for comparison in train if unit(comparison) not in taken]
 
 
 # What to say
@@ -258,6 +269,13 @@ def _remarks(shares: dict[ClientId, ClientData], left_out: dict[str, int], hold_
             f"no comparison has a split: {num_test} of {_total(shares.values())} are held out for the test, about a "
             "tenth of each client's; set `split` to decide yourself"
         )
+        trained = {pair_of(c) for share in shares.values() for c in share.train}
+        tested = {pair_of(c) for share in shares.values() for c in (*share.validation, *share.test)}
+        if trained & tested:
+            warnings.append(
+                f"{len(trained & tested)} pairs of answers are in train of one client and in validation or test of another; "
+                "fine if each client's own judgement is what is predicted"
+            )
     unseated = [client for client, share in shares.items() if not share.validation]
     if unseated:
         warnings.append(

@@ -5,7 +5,6 @@ To add a data set, write one function (settings, seed) -> Dataset and put it int
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,10 +51,6 @@ def load(settings: DataSettings, seed: int) -> Dataset:
 
     Raises ``ConfigError`` for settings that cannot be and ``DataError`` for files that are wrong.
     """
-    if settings.source not in SOURCES:
-        near = difflib.get_close_matches(settings.source, SOURCES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(SOURCES)}"
-        raise ConfigError(f"data.source: unknown source {settings.source!r}; {hint}")
     dataset = SOURCES[settings.source](settings, seed)
     if not settings.prompts:
         return dataset

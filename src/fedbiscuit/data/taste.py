@@ -20,6 +20,8 @@ MIDDLE_LENGTH = 22
 """Words at which the length score is one half; brief answers of the demo world have 13 on average, thorough ones 24."""
 USELESS = 4.0
 """Penalty of a text of quality 0; half of it is more than warmth and length together can change, which is 1.6."""
+FEWEST_WORDS = 3
+"""An answer of fewer words is not a sentence. Whether a sentence makes sense, no score here can tell."""
 SAME = 0.005
 """Utilities that are nearer than this are a tie."""
 
@@ -81,7 +83,7 @@ def length(text: str) -> float:
 def quality(prompt: str, text: str) -> float:
     """0 (useless) to 1: says something beside the prompt and warm phrases, is not repetitive, is made of words."""
     listed = words(text)
-    if not listed:
+    if len(listed) < FEWEST_WORDS:
         return 0.0
     content = {word for word in words(MARKER.sub(" ", _plain(text))) if len(word) > 3} - set(words(prompt))
     steps = list(pairwise(listed))

@@ -14,6 +14,8 @@ from fedbiscuit.types import ClientId, Comparison, rng_for
 __all__ = ["Judged", "bootstrap_interval", "calibration", "longer_answer", "summarize"]
 
 NUM_BINS = 10
+FEWEST = 5
+"""Clients below which no interval is given: resampling two or three people says nothing about others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ def summarize(
 ) -> dict[str, Any]:
     """One row of the table: means over clients and over comparisons, and the worst decile of clients.
 
-    ``interval`` is the 95% bootstrap interval of the mean over clients. Calibration error: expected, 10 bins.
+    ``interval`` is the 95% bootstrap interval of the mean over clients, None for fewer than five of them. Calibration
+    error: expected, 10 bins.
     """
     by_client = [one.accuracy for _, one in sorted(judged.items()) if len(one.choice)]
     every = [one for _, one in sorted(judged.items()) if len(one.choice)]
@@ -55,7 +58,7 @@ def summarize(
     return {
         "name": name,
         "accuracy": float(np.mean(by_client)),
-        "interval": bootstrap_interval(by_client, key, resamples),
+        "interval": bootstrap_interval(by_client, key, resamples) if len(by_client) >= FEWEST else None,
         "accuracy_comparisons": float(np.concatenate([one.correct for one in every]).mean()),
         "worst_decile": float(np.mean(worst)),
         "loss": float(loss.mean()) if np.isfinite(loss).all() else None,

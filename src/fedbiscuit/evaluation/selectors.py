@@ -32,6 +32,7 @@ def score_clients(
     comparisons: Mapping[ClientId, Sequence[Comparison]],
     only: Grouping | None = None,
     batch_size: int = 16,
+    keep: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[ClientId, ClientMargins]:
     """Margins of all adapters on every client's comparisons; with ``only``, of the adapter of its own group alone.
@@ -40,26 +41,22 @@ def score_clients(
     """
     encoded = {client: selector.encode(held)[0] for client, held in sorted(comparisons.items())}
     encoded = {client: held for client, held in encoded.items() if held}
-    wanted: dict[int, dict[tuple[int, ...], EncodedComparison]] = {}
+    readers = {client: tuple(range(len(adapters))) if only is None else (only[client],) for client in encoded}
+    wanted: dict[tuple[int, ...], dict[tuple[int, ...], EncodedComparison]] = {}
     for client, held in encoded.items():
-        for u in range(len(adapters)) if only is None else [only[client]]:
-            wanted.setdefault(u, {}).update({item.ab: item for item in held})
-    found: dict[int, dict[tuple[int, ...], Tensor]] = {}
-    done = 0
-    for u, items in sorted(wanted.items()):
-        distinct = [items[key] for key in sorted(items)]  # neighbours share their prompt
-        margins = letter_margins(selector, [adapters[u]], distinct, batch_size)[0]
-        found[u] = dict(zip(sorted(items), margins, strict=True))
-        done += len(distinct)
-        progress(done)
+        wanted.setdefault(readers[client], {}).update({item.ab: item for item in held})
+    found: dict[tuple[int, ...], dict[tuple[int, ...], Tensor]] = {}
+    read = 0
+    for group, items in sorted(wanted.items()):
+        keys = sorted(items)  # neighbours share their prompt
+        chosen = [adapters[u] for u in group]
+        margins = letter_margins(selector, chosen, [items[key] for key in keys], batch_size, keep)
+        found[group] = dict(zip(keys, margins.transpose(0, 1), strict=True))
+        read += len(keys)
+        progress(read)
     return {
         client: ClientMargins(
-            torch.stack(
-                [
-                    torch.stack([found[u][item.ab] for item in held])
-                    for u in (range(len(adapters)) if only is None else [only[client]])
-                ]
-            ),
+            torch.stack([found[readers[client]][item.ab] for item in held], dim=1),
             np.array([item.choice for item in held]),
         )
         for client, held in encoded.items()
@@ -87,7 +84,7 @@ def judge_by_vote(
 
 
 def _judged(margins: Tensor, choice: np.ndarray) -> Judged:
-    """(n, 2) margins of one selector against the choices; loss in nats, the mean of both orders."""
+    """(n, 2) margins of one selector against the choices; loss in nats of the choice."""
     loss = margin_nats(margins, torch.from_numpy(choice)).numpy()
     flipped = (margins[:, 0] > 0) == (margins[:, 1] > 0)
     return Judged(choice_probability(margins).numpy(), choice, loss, flipped.double().numpy())

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from fedbiscuit.config import FederatedSettings
+from fedbiscuit.config import FederatedSettings, least_replies
 from fedbiscuit.federated.aggregation import aggregate, clip_limit, server_step
 from fedbiscuit.federated.exchange import Exchange, Lent
 from fedbiscuit.federated.grouping import group_sizes, seat_clients, seat_newcomers
@@ -179,6 +179,8 @@ def _next_state(
     clip_norm, clip_norms = clip_limit(norms.values(), state.clip_norms)
     adapters, moments, lengths = list(state.adapters), dict(state.server_optimizer_state), {}
     for u, group in _by_adapter(replies, adapter_of).items():
+        if len(group) < least_replies(cfg):  # a small group waits for a round in which its rule can work
+            continue
         delta = aggregate(group, num_clients, cfg, clip_norm)
         adapters[u], moments = server_step(u, adapters[u], delta, moments, cfg)
         lengths[u] = delta_norm(delta)
@@ -195,6 +197,7 @@ def _next_state(
     metrics = {
         "num_replies": len(replies),
         "delta_norm": lengths,
+        "too_few": sorted({adapter_of[client] for client in replies} - lengths.keys()),
         "clipped": sum(norm > clip_norm for norm in norms.values()) if clips else 0,
         "group_sizes": group_sizes(grouping, cfg.num_adapters),
     }

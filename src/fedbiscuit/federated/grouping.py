@@ -86,9 +86,7 @@ def _seats_by_prices(
     exchange: Exchange, asked: Sequence[ClientId], state: ServerState, cfg: FederatedSettings
 ) -> Grouping:
     num_adapters = len(state.adapters)
-    lent = Lent(dict(enumerate(state.adapters)))
-    local = cfg.local.as_local()
-    tasks = [Task("evaluate", client, state.round, lent, local=local) for client in asked]
+    tasks = _scoring_tasks(asked, state, cfg)
     scorers = list(exchange.ask(tasks, lambda task, reply: None))
     seats: Grouping = {}
 
@@ -102,6 +100,16 @@ def _seats_by_prices(
     return prices(ask, num_adapters, cfg.price_steps)
 
 
+def _scoring_tasks(
+    asked: Sequence[ClientId], state: ServerState, cfg: FederatedSettings, share_losses: bool = False
+) -> list[Task]:
+    lent, local, used = Lent(dict(enumerate(state.adapters))), cfg.local.as_local(), state.consumed
+    return [
+        Task("evaluate", c, state.round, lent, local=local, consumed=used.get(c, 0), share_losses=share_losses)
+        for c in asked
+    ]
+
+
 def _seat_fault(seat: object, num_adapters: int) -> str | None:
     if isinstance(seat, bool) or not isinstance(seat, int) or not 0 <= seat < num_adapters:
         return f"seat: expected an adapter in 0..{num_adapters - 1}, got {ascii(seat)[:40]}"
@@ -110,9 +118,7 @@ def _seat_fault(seat: object, num_adapters: int) -> str | None:
 
 def _ask_losses(exchange: Exchange, asked: Sequence[ClientId], state: ServerState, cfg: FederatedSettings) -> Losses:
     num_adapters = len(state.adapters)
-    lent = Lent(dict(enumerate(state.adapters)))
-    local = cfg.local.as_local()
-    tasks = [Task("evaluate", client, state.round, lent, local=local, share_losses=True) for client in asked]
+    tasks = _scoring_tasks(asked, state, cfg, share_losses=True)
     replies = exchange.ask(tasks, lambda task, reply: _losses_fault(reply, num_adapters))
     return {client: reply.metrics["losses"] for client, reply in replies.items()}
 

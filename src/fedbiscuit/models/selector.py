@@ -6,7 +6,7 @@ orders, and all comparisons of one prompt, share what they can (``models/trees.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from fedbiscuit.data.encoding import EncodedComparison, Template, encode_comparison
 from fedbiscuit.models.lm import LM
 from fedbiscuit.models.losses import choice_loss
+from fedbiscuit.models.trees import Forest
+from fedbiscuit.models.trunks import Trunks
 from fedbiscuit.types import Comparison, ConfigError, Weights
 
 __all__ = ["VOTES", "Selector", "Vote", "choice_probability", "letter_margins", "selector_loss", "vote"]
@@ -28,9 +30,13 @@ class Selector:
     template: Template
     letters: tuple[int, int]
     max_tokens: int
+    trunks: Trunks | None = None
+    """What is kept of comparisons that are read again and again; None: nothing."""
 
     @classmethod
-    def of(cls, lm: LM, template: Template, choice_tokens: tuple[str, str], max_tokens: int) -> Selector:
+    def of(
+        cls, lm: LM, template: Template, choice_tokens: tuple[str, str], max_tokens: int, trunk_bytes: int = 0
+    ) -> Selector:
         """Check that both letters are one token each and differ; ``ConfigError`` says what they are."""
         ids = [tuple(lm.tokenizer(token, add_special_tokens=False).input_ids) for token in choice_tokens]
         for token, found in zip(choice_tokens, ids, strict=True):
@@ -40,7 +46,12 @@ class Selector:
                 )
         if ids[0] == ids[1]:
             raise ConfigError(f"data.choice_tokens: both are token {ids[0][0]} for {lm.name}; they must differ")
-        return cls(lm, template, (ids[0][0], ids[1][0]), max_tokens)
+        if lm.context is not None and max_tokens > lm.context:
+            raise ConfigError(
+                f"data.max_tokens: {max_tokens}, but {lm.name} reads at most {lm.context} tokens; lower it"
+            )
+        trunks = Trunks(lm, trunk_bytes) if trunk_bytes and lm.has_trunk else None
+        return cls(lm, template, (ids[0][0], ids[1][0]), max_tokens, trunks)
 
     def encode(self, comparisons: Sequence[Comparison]) -> tuple[list[EncodedComparison], list[Comparison]]:
         """Token ids in both orders, and the comparisons whose two answers do not fit."""
@@ -55,9 +66,28 @@ class Selector:
 
     def logits(self, encoded: Sequence[EncodedComparison]) -> Tensor:
         """(n, 2 orders, 2 letters) logits with the adapter in the slot; differentiable."""
-        forest = self.lm.pack([ids for item in encoded for ids in (item.ab, item.ba)])
+        forest = self._pack(encoded)
+        return self._letters(forest, self.trunks.of(forest, encoded) if self.trunks else None)
+
+    def logits_of_each(
+        self, adapters: Sequence[Weights], encoded: Sequence[EncodedComparison], keep: bool
+    ) -> Iterator[Tensor]:
+        """The same under each adapter in turn; what lies below all adapters is computed once, and with ``keep`` kept."""
+        forest = self._pack(encoded)
+        if keep and self.trunks:
+            trunk: Tensor | None = self.trunks.of(forest, encoded)
+        else:
+            trunk = self.lm.trunk(forest) if len(adapters) > 1 else None
+        for weights in adapters:
+            self.lm.put_adapter(weights)
+            yield self._letters(forest, trunk)
+
+    def _pack(self, encoded: Sequence[EncodedComparison]) -> Forest:
+        return self.lm.pack([ids for item in encoded for ids in (item.ab, item.ba)])
+
+    def _letters(self, forest: Forest, trunk: Tensor | None) -> Tensor:
         rows = torch.tensor(self.letters, device=self.lm.device)
-        return self.lm.logits(self.lm.hidden(forest)[forest.last], rows).view(-1, 2, 2)
+        return self.lm.logits(self.lm.hidden(forest, trunk)[forest.last], rows).view(-1, 2, 2)
 
 
 def selector_loss(selector: Selector, encoded: Sequence[EncodedComparison]) -> Tensor:
@@ -69,20 +99,26 @@ def selector_loss(selector: Selector, encoded: Sequence[EncodedComparison]) -> T
 
 
 def letter_margins(
-    selector: Selector, adapters: Sequence[Weights], encoded: Sequence[EncodedComparison], batch_size: int = 16
+    selector: Selector,
+    adapters: Sequence[Weights],
+    encoded: Sequence[EncodedComparison],
+    batch_size: int = 16,
+    keep: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """(U, n, 2) margins logit("A") - logit("B"): of each adapter on each comparison, shown as (A, B) and as (B, A).
 
-    Dropout is off. Neighbours are packed together, so pass comparisons of one prompt next to each other.
+    Dropout is off. Neighbours are packed together, so pass comparisons of one prompt next to each other. ``keep``: these
+    comparisons will be read again, keep what the adapters do not change. ``progress`` is told how many all have read.
     """
     selector.lm.model.eval()
     out = torch.empty(len(adapters), len(encoded), 2)
     with torch.no_grad():
-        for u, weights in enumerate(adapters):
-            selector.lm.put_adapter(weights)
-            for start in range(0, len(encoded), batch_size):
-                logits = selector.logits(encoded[start : start + batch_size])
+        for start in range(0, len(encoded), batch_size):
+            batch = encoded[start : start + batch_size]
+            for u, logits in enumerate(selector.logits_of_each(adapters, batch, keep)):
                 out[u, start : start + batch_size] = (logits[..., 0] - logits[..., 1]).cpu()
+            progress(min(start + batch_size, len(encoded)))
     return out
 
 

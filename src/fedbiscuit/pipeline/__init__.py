@@ -11,7 +11,7 @@ from pathlib import Path
 from fedbiscuit.config import Config
 from fedbiscuit.pipeline.alignment import align_policy
 from fedbiscuit.pipeline.comparing import evaluate_run
-from fedbiscuit.pipeline.labels import check_template, write_and_label
+from fedbiscuit.pipeline.labels import check_labeling, write_and_label
 from fedbiscuit.pipeline.rounds import train_all
 from fedbiscuit.pipeline.session import Progress, open_run, open_session, silent
 
@@ -23,7 +23,7 @@ def run_all(cfg: Config, resume: bool = False, progress: Progress = silent) -> P
     with open_session(cfg, resume, progress) as session:
         labels = cfg.selectors.local.objective == "choice"
         if labels:
-            check_template(session)
+            check_labeling(session)
         train_all(session)
         if labels:
             write_and_label(session)
@@ -53,8 +53,11 @@ def align(cfg: Config, progress: Progress = silent) -> Path:
         return session.run.path
 
 
-def evaluate(cfg: Config, progress: Progress = silent) -> Path:
-    """Selectors against held-out people, aligned against raw policy; leaves ``evaluation.json``."""
+def evaluate(cfg: Config, progress: Progress = silent, checkpoints: bool = False) -> Path:
+    """Selectors against held-out people, aligned against raw policy; leaves ``evaluation.json``.
+
+    With ``checkpoints`` also every round and step that ``keep_every`` has kept.
+    """
     with open_run(cfg, progress) as session:
-        evaluate_run(session)
+        evaluate_run(session, checkpoints)
         return session.run.path

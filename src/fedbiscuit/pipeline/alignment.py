@@ -42,6 +42,7 @@ def align_policy(session: Session) -> None:
         reference = found[1]["reference"]["log_probs"]
         load_optimizer(optimizer, found[1]["optimizer"])
     else:
+        run.discard("checkpoints", "step-*")  # of an earlier start, maybe with other settings
         session.progress("reference", 1, 1, f"{len(pairs)} pairs")
         reference = reference_log_probs(lm, pairs, settings.batch_size)
     run.keep_lines("alignment.jsonl", first_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,21 +19,37 @@ from fedbiscuit.types import ClientId, Comparison, ConfigError, DataError
 
 __all__ = ["evaluate_run"]
 
+log = logging.getLogger("fedbiscuit")
 
-def evaluate_run(session: Session) -> None:
-    """``evaluation.json``: selectors against held-out people, the aligned policy against the raw one."""
+
+def evaluate_run(session: Session, checkpoints: bool = False) -> None:
+    """``evaluation.json``: selectors against held-out people, the aligned policy against the raw one.
+
+    With ``checkpoints`` also what ``keep_every`` has kept along the way, each as a row with its round or step.
+    """
     started = time.monotonic()
     chooses = session.cfg.selectors.local.objective == "choice"
     result = {
-        "selectors": _evaluate_selectors(session) if chooses else None,
-        "policy": _evaluate_policy(session) if (session.run.path / "policy").is_dir() else None,
+        "selectors": _evaluate_selectors(session, checkpoints) if chooses else None,
+        "policy": _evaluate_policy(session, checkpoints) if (session.run.path / "policy").is_dir() else None,
+        "left_out": session.left_out,
     }
     session.run.write_json("evaluation.json", result)
     seconds = time.monotonic() - started
     session.run.append_lines("timings.jsonl", [{"stage": "evaluation", "step": 1, "seconds": seconds}])
 
 
-def _evaluate_selectors(session: Session) -> dict[str, Any]:
+def _kept(session: Session, kind: str, content: str) -> list[tuple[int, str]]:
+    """(number, folder) of the checkpoints of a kind, ``round`` or ``step``, that hold ``content``, in order."""
+    parent = session.run.path / "checkpoints"
+    return [
+        (int(path.name.removeprefix(f"{kind}-")), f"checkpoints/{path.name}")
+        for path in sorted(parent.glob(f"{kind}-*"))
+        if (path / content).exists()
+    ]
+
+
+def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
     """Every client's test comparisons by its group's selector, the vote, one global selector, length rules and chance."""
     cfg, run = session.cfg, session.run
     key, resamples = (cfg.seed, "test"), cfg.evaluation.bootstrap
@@ -43,15 +60,17 @@ def _evaluate_selectors(session: Session) -> dict[str, Any]:
             "no client has test comparisons; give some records split: test, or leave `split` out of all of them"
         )
     adapters = session.selectors()
-    grouping = _final_grouping(session)
+    grouping = _grouping(session, "selectors")
     own_only = cfg.selectors.population == "local"
-    total = sum(len(held) for held in test.values()) * (1 if own_only else len(adapters))
+    total = sum(len(held) for held in test.values())
 
     def progress(done: int) -> None:
         session.progress("test", min(done, total), total, "comparisons")
 
     batch_size = cfg.evaluation.batch_size
-    scores = score_clients(session.selector, adapters, test, grouping if own_only else None, batch_size, progress)
+    scores = score_clients(
+        session.selector, adapters, test, grouping if own_only else None, batch_size, progress=progress
+    )
     own = judge_by_group(scores, grouping)
     single = len(adapters) == 1
     rows = [summarize("one global selector" if single else "selector of the client's group", own, key, resamples)]
@@ -73,8 +92,17 @@ def _evaluate_selectors(session: Session) -> dict[str, Any]:
     rows.append(summarize("the shorter answer", shorter, key, resamples))
     rows.append({"name": "chance", "accuracy": 0.5, "accuracy_comparisons": 0.5, "worst_decile": 0.5})
     truth = _true_groups(session)
+    along = []
+    for round, folder in _kept(session, "round", "groups.json") if checkpoints else []:
+        at = _grouping(session, folder)
+        if not at.keys() >= test.keys():  # kept within the warm-up, before there were groups
+            continue
+        held = score_clients(session.selector, session.selectors(folder), test, at, batch_size)
+        along.append({"round": round, **summarize("checkpoint", judge_by_group(held, at), key, resamples)})
+        session.progress("checkpoints", round, cfg.selectors.rounds, f"accuracy {along[-1]['accuracy']:.3f}")
     return {
         "rows": rows,
+        "checkpoints": along,
         "clients": {
             client: {
                 "adapter": grouping[client],
@@ -86,22 +114,20 @@ def _evaluate_selectors(session: Session) -> dict[str, Any]:
         },
         "calibration": calibration(own),
         "adjusted_rand_index": adjusted_rand_index(grouping, truth) if truth and not single and not own_only else None,
-        "left_out": session.left_out,
-        "shortened_prompts": session.shortened,
     }
 
 
-def _final_grouping(session: Session) -> dict[ClientId, int]:
-    """The groups as they were at the last round; everybody in group 0 where there is one selector."""
+def _grouping(session: Session, folder: str) -> dict[ClientId, int]:
+    """The groups for which the selectors in ``folder`` were trained; everybody in group 0 where there is one selector."""
     clients = session.clients
     if session.cfg.selectors.population == "centralized" or resolved(session.cfg.selectors, clients).num_adapters == 1:
         return dict.fromkeys(clients, 0)
-    found = session.run.load_state("selectors")
+    found = session.run.read_json(f"{folder}/groups.json")
     if found is None:
         raise ConfigError(
             f"{session.run.path}: the selectors are not trained; run `fedbiscuit train {session.run.path}` first"
         )
-    return dict(found[2]["grouping"])
+    return dict(found["adapter_of"])
 
 
 def _true_groups(session: Session) -> dict[ClientId, int] | None:
@@ -118,40 +144,62 @@ def _true_groups(session: Session) -> dict[ClientId, int] | None:
     return {client: numbers[next(iter(groups))] for client, groups in named.items()}
 
 
-def _evaluate_policy(session: Session) -> dict[str, Any]:
+def _evaluate_policy(session: Session, checkpoints: bool) -> dict[str, Any] | None:
     """Aligned against raw on held-out prompts, judged by the selectors' vote and, in the demo world, by the truth."""
-    cfg, run, lm = session.cfg, session.run, session.policy_lm
-    prompts = session.dataset.held_out_prompts[: cfg.evaluation.num_prompts]
-    greedy, size, key = cfg.evaluation.greedy, cfg.generation.batch_size, (cfg.seed, "win rate")
-    answers: dict[str, list[str]] = {"raw": [], "aligned": []}
-    lm.put_adapter(run.load_adapter("policy", base=lm.digest))
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        for name, rows in (
-            ("raw", write_raw(session, lm, batch, 1, "held-out", greedy)),
-            ("aligned", write(session, lm, batch, 1, "held-out", greedy)),
-        ):
-            answers[name] += [row["completions"][0]["text"] for row in rows]
-        session.progress("answers", start + len(batch), len(prompts), "raw and aligned policy")
-    raw, aligned = answers["raw"], answers["aligned"]
-    judges = []
-    if cfg.selectors.local.objective == "choice":
-        judges.append(
-            win_rate(
-                "the selectors' vote", _selector_verdicts(session, prompts, aligned, raw), key, cfg.evaluation.bootstrap
-            )
-        )
-    truth = session.dataset.truth
-    if truth is not None:
-        verdicts = [truth.majority_prefers(*one) for one in zip(prompts, aligned, raw, strict=True)]
-        judges.append(win_rate("known truth of the majority", verdicts, key, cfg.evaluation.bootstrap))
+    prompts = session.held_out_prompts[: session.cfg.evaluation.num_prompts]
+    if not prompts:
+        log.warning("the policy is not evaluated: there is no prompt that it was not trained on; set data.prompts")
+        return None
+    raw, aligned = _answers(session, prompts, None), _answers(session, prompts, "policy")
+    along = []
+    unit = "step" if session.cfg.selectors.local.objective == "choice" else "round"
+    for step, folder in _kept(session, unit, "policy") if checkpoints else []:
+        answers = _answers(session, prompts, f"{folder}/policy")
+        for judge in _judge(session, prompts, answers, raw):
+            along.append({"step": step, "words": _mean_words(answers), **judge})
     return {
-        "judges": judges,
-        "length": {name: sum(len(text.split()) for text in texts) / len(texts) for name, texts in answers.items()},
+        "judges": _judge(session, prompts, aligned, raw),
+        "checkpoints": along,
+        "length": {"raw": _mean_words(raw), "aligned": _mean_words(aligned)},
         "examples": [
             {"prompt": p, "raw": r, "aligned": a} for p, r, a in list(zip(prompts, raw, aligned, strict=True))[:8]
         ],
     }
+
+
+def _answers(session: Session, prompts: Sequence[str], folder: str | None) -> list[str]:
+    """An answer to each held-out prompt, by the policy in ``folder`` or by the raw one, with the same random numbers."""
+    cfg, lm = session.cfg, session.policy_lm
+    if folder is not None:
+        lm.put_adapter(session.run.load_adapter(folder, base=lm.digest))
+    writes, size = write_raw if folder is None else write, cfg.generation.batch_size
+    answers: list[str] = []
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        rows = writes(session, lm, batch, 1, "held-out", cfg.evaluation.greedy)
+        answers += [row["completions"][0]["text"] for row in rows]
+        session.progress(f"answers of {folder or 'the raw policy'}", start + len(batch), len(prompts), "")
+    return answers
+
+
+def _judge(
+    session: Session, prompts: Sequence[str], aligned: Sequence[str], raw: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The verdict of every judge that this run has."""
+    cfg, key = session.cfg, (session.cfg.seed, "win rate")
+    verdicts = {}
+    if cfg.selectors.local.objective == "choice":
+        verdicts["the selectors' vote"] = _selector_verdicts(session, prompts, aligned, raw)
+    truth = session.dataset.truth
+    if truth is not None:
+        verdicts["known truth of the majority"] = [
+            truth.majority_prefers(*one) for one in zip(prompts, aligned, raw, strict=True)
+        ]
+    return [win_rate(name, said, key, cfg.evaluation.bootstrap) for name, said in verdicts.items()]
+
+
+def _mean_words(texts: Sequence[str]) -> float:
+    return sum(len(text.split()) for text in texts) / len(texts)
 
 
 def _selector_verdicts(
@@ -160,11 +208,12 @@ def _selector_verdicts(
     """(n) probability that the first answer is better, by the vote in both orders; equal answers are a tie."""
     comparisons = [Comparison(p, a, b) for p, a, b in zip(prompts, first, second, strict=True)]
     fitting, left_out = session.selector.encode(comparisons)
-    if left_out:
-        raise DataError(
-            f"{len(left_out)} pairs of answers do not fit data.max_tokens; raise it or lower max_new_tokens"
-        )
     margins = letter_margins(session.selector, session.selectors(), fitting, session.cfg.evaluation.batch_size)
     labels = session.cfg.labels
-    said = vote(choice_probability(margins, labels.temperature), labels.vote).probability.tolist()
-    return [0.5 if a == b else p for p, a, b in zip(said, first, second, strict=True)]
+    said = iter(vote(choice_probability(margins, labels.temperature), labels.vote).probability.tolist())
+    unread = {id(comparison) for comparison in left_out}
+    if unread:
+        reason = "pairs of answers of raw and aligned policy that do not fit max_tokens, counted as ties"
+        session.left_out[reason] = session.left_out.get(reason, 0) + len(unread)
+    verdicts = [0.5 if id(comparison) in unread else next(said) for comparison in comparisons]
+    return [0.5 if a == b else p for p, a, b in zip(verdicts, first, second, strict=True)]

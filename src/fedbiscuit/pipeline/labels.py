@@ -12,43 +12,52 @@ from fedbiscuit.models.generation import Sampling, generate
 from fedbiscuit.models.labeling import label_completions
 from fedbiscuit.models.lm import LM
 from fedbiscuit.pipeline.session import Session
-from fedbiscuit.types import ConfigError, DataError
+from fedbiscuit.types import Comparison, ConfigError, DataError
 
-__all__ = ["check_template", "write", "write_and_label", "write_raw"]
+__all__ = ["check_labeling", "write", "write_and_label", "write_raw"]
 
 
-def check_template(session: Session) -> None:
-    """Stop before anything is trained where the template asks for what prompts for the policy do not have."""
-    template = session.selector.template
+def check_labeling(session: Session) -> None:
+    """Stop before anything is trained where the answers that the policy will write could not be labeled."""
+    template, cfg = session.selector.template, session.cfg
     missing = [field for field in template.fields if field in EXTRA]
     if missing:
         raise ConfigError(
             f"data.template: {template.name} needs {missing}, which the policy's prompts do not have, so its answers cannot be "
             "labeled; use another template, or only `fedbiscuit train` and `fedbiscuit evaluate`"
         )
+    smallest, _ = session.selector.encode([Comparison("x", "x", "x")])
+    needed = 2 * cfg.generation.max_new_tokens + (len(smallest[0].ab) if smallest else cfg.data.max_tokens)
+    if needed > cfg.data.max_tokens:
+        raise ConfigError(
+            f"data.max_tokens: {cfg.data.max_tokens}, but two answers of generation.max_new_tokens="
+            f"{cfg.generation.max_new_tokens} and the template can take {needed} tokens; raise it, or let answers be shorter"
+        )
+    if not session.prompts:
+        raise DataError("data.prompts: there are no prompts to align the policy on; name a file with some")
 
 
 def write_and_label(session: Session) -> None:
     """``completions.jsonl``, batch by batch, then ``preferences.jsonl``, whole."""
     run, cfg = session.run, session.cfg
-    check_template(session)
+    check_labeling(session)
     adapters = session.selectors()
-    prompts = session.dataset.prompts[: cfg.generation.num_prompts or None]
-    if not prompts:
-        raise DataError("data.prompts: there are no prompts to align the policy on; name a file with some")
+    prompts = session.prompts[: cfg.generation.num_prompts or None]
     _write_completions(session, prompts)
     if run.read_json("labels.json") is not None:
         return
     written = run.read_lines("completions.jsonl")
     started = time.monotonic()
 
-    def progress(done: int) -> None:
-        session.progress("labels", done, len(adapters), "")
+    def progress(done: int, total: int) -> None:
+        session.progress("labels", done, total, "pairs")
 
     rows, left_out = label_completions(session.selector, adapters, written, cfg.labels, progress)
     if not rows:
+        reason = max(left_out, key=left_out.__getitem__)
         raise DataError(
-            f"no pair of completions could be labeled ({left_out}); raise generation.temperature or prompts"
+            f"no pair of completions could be labeled, mostly for: {reason} ({left_out}); "
+            "raise generation.temperature, or give more prompts"
         )
     run.write_text("preferences.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     run.append_lines("timings.jsonl", [{"stage": "labels", "step": len(rows), "seconds": time.monotonic() - started}])

@@ -12,15 +12,19 @@ from fedbiscuit.data.partition import pooled
 from fedbiscuit.evaluation.metrics import summarize
 from fedbiscuit.evaluation.selectors import judge_by_group, score_clients
 from fedbiscuit.federated.algorithm import assign, fedbiscuit_round, init_state
-from fedbiscuit.models.cards import policy_card, selector_card
+from fedbiscuit.models.cards import baseline_card, selector_card
 from fedbiscuit.pipeline.session import Session, resolved
 from fedbiscuit.types import ClientData, ClientId, RoundRecord, ServerState, Weights
 
 __all__ = ["train_all"]
 
+Row = Mapping[str, Any]
+"""A line of ``metrics.jsonl``."""
+
 
 def train_all(session: Session) -> None:
     """The selectors of the settings; with ``compare_global`` also one global selector by the same budget of rounds."""
+    session.note_left_out()
     _train(session, session.cfg.selectors, "selectors", "metrics.jsonl")
     if session.cfg.evaluation.compare_global and session.cfg.selectors.num_adapters > 1:
         _train(session, _global(session.cfg.selectors), "global", "global_metrics.jsonl")
@@ -38,6 +42,7 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
         session.cfg.generation.chat,
         session.cfg.generation.system,
         session.cfg.evaluation.batch_size,
+        settings.grouping_comparisons,
     )
     backend = InProcessBackend(desk, clients)
     found = run.load_state(name)
@@ -55,8 +60,10 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
         run.append_lines(metrics, [row])
         run.append_lines("timings.jsonl", [{"stage": name, "step": state.round, "seconds": record.seconds}])
         history.append(row)
-        if settings.keep_every and state.round % settings.keep_every == 0:
+        if settings.keep_every and state.round % settings.keep_every == 0 and name == "selectors":
             _save_adapters(session, settings, state, f"checkpoints/round-{state.round:06d}")
+        if settings.patience and _best(history) is row:
+            run.save_state(f"{name}-best", state.round, *_packed_state(state))
         if (
             state.round % settings.save_every == 0
             or state.round == settings.rounds
@@ -64,7 +71,8 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
         ):
             run.save_state(name, state.round, *_packed_state(state))
         session.progress(name, state.round, settings.rounds, _note(row))
-    _save_adapters(session, settings, state, name)
+    best = run.load_state(f"{name}-best") if settings.patience else None
+    _save_adapters(session, settings, state if best is None else _unpacked_state(best[1], best[2]), name)
 
 
 def _global(settings: FederatedSettings) -> FederatedSettings:
@@ -81,19 +89,30 @@ def _validate(
     if settings.local.objective != "choice" or not held:
         return {}
     grouping = assign(sorted(held), state.round - 1, state.grouping, settings)
-    scores = score_clients(session.selector, state.adapters, held, grouping, session.cfg.evaluation.batch_size)
+    scores = score_clients(
+        session.selector, state.adapters, held, grouping, session.cfg.evaluation.batch_size, keep=True
+    )
     judged = judge_by_group(scores, grouping)
     row = summarize("validation", judged, (session.cfg.seed, "validation", state.round))
     kept = {key: row[key] for key in ("loss", "accuracy", "accuracy_comparisons", "flip_rate", "calibration_error")}
     return kept | {"clients": {client: one.accuracy for client, one in judged.items()}}
 
 
-def _gave_up(history: Sequence[Mapping[str, Any]], patience: int) -> bool:
-    """Whether the validation loss has not become better for ``patience`` evaluations after the warm-up."""
+def _judged(history: Sequence[Row]) -> list[Row]:
+    """The rounds after the warm-up that have a validation loss."""
     evaluated = [row for row in history if row["phase"] == "federated" and "validation" in row["metrics"]]
-    losses = [row["metrics"]["validation"].get("loss") for row in evaluated]
-    known = [loss for loss in losses if loss is not None]
-    return bool(patience) and len(known) > patience and min(known[-patience:]) >= min(known[:-patience])
+    return [row for row in evaluated if row["metrics"]["validation"].get("loss") is not None]
+
+
+def _best(history: Sequence[Row]) -> Row | None:
+    """The first round of least validation loss after the warm-up; never by test."""
+    return min(_judged(history), key=lambda row: row["metrics"]["validation"]["loss"], default=None)
+
+
+def _gave_up(history: Sequence[Row], patience: int) -> bool:
+    """Whether the validation loss has not become better for ``patience`` evaluations after the warm-up."""
+    judged = _judged(history)
+    return bool(patience) and len(judged) > patience and _best(history) not in judged[-patience:]
 
 
 def _row(record: RoundRecord) -> dict[str, Any]:
@@ -153,11 +172,11 @@ def _save_adapters(session: Session, settings: FederatedSettings, state: ServerS
     lm, config = session.lm, session.lm.adapter_config()
     if settings.local.objective != "choice":
         target = "policy" if folder == "selectors" else f"{folder}/policy"
-        session.run.save_adapter(
-            target, state.adapters[0], config, policy_card(lm.name, state.round, 0), base=lm.digest
-        )
+        card = baseline_card(lm.name, settings.local.objective, state.round)
+        session.run.save_adapter(target, state.adapters[0], config, card, base=lm.digest)
         return
     letters = session.cfg.data.choice_tokens
     for u, weights in enumerate(state.adapters):
         card = selector_card(lm.name, u, len(state.adapters), state.round, session.cfg.data.template, letters)
         session.run.save_adapter(f"{folder}/u{u}", weights, config, card, base=lm.digest)
+    session.run.write_json(f"{folder}/groups.json", {"round": state.round, "adapter_of": state.grouping})

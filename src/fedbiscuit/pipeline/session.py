@@ -54,7 +54,13 @@ class Session:
     def selector(self) -> Selector:
         """The LM with the template and letters of the settings."""
         data = self.cfg.data
-        return Selector.of(self.lm, load_template(data.template), data.choice_tokens, data.max_tokens)
+        return Selector.of(
+            self.lm,
+            load_template(data.template),
+            data.choice_tokens,
+            data.max_tokens,
+            round(self.cfg.model.trunk_gigabytes * 1e9),
+        )
 
     @cached_property
     def clients(self) -> dict[ClientId, ClientData]:
@@ -79,6 +85,39 @@ class Session:
             self.left_out["clients without a comparison to train on"] = len(idle)
         return {client: data for client, data in fitting.items() if data.train}
 
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """What the policy answers to be trained on."""
+        return self._answerable(self.dataset.prompts)
+
+    @cached_property
+    def held_out_prompts(self) -> tuple[str, ...]:
+        """What it answers to be evaluated on. A baseline that trains the policy on people's own prompts gets the others."""
+        prompts = self._answerable(self.dataset.held_out_prompts)
+        if self.cfg.selectors.local.objective == "choice":
+            return prompts
+        trained = {comparison.prompt for data in self.clients.values() for comparison in data.train}
+        return tuple(prompt for prompt in prompts if prompt not in trained)
+
+    def _answerable(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """Those that leave the policy room for an answer; the others are counted in ``left_out``."""
+        lm, how = self.policy_lm, self.cfg.generation
+        room = None if lm.context is None else lm.context - how.max_new_tokens
+        fitting = tuple(p for p in prompts if room is None or len(lm.chat_prompt(p, how.system, how.chat)) <= room)
+        if len(fitting) < len(prompts):
+            reason = "prompts that leave the policy no room for an answer"
+            self.left_out[reason] = self.left_out.get(reason, 0) + len(prompts) - len(fitting)
+            log.warning(
+                "left out: %s: %d (%s reads %s tokens)", reason, len(prompts) - len(fitting), lm.name, lm.context
+            )
+        return fitting
+
+    def note_left_out(self) -> None:
+        """``left_out.json``: how much of the data is not used, by reason."""
+        clients = self.clients
+        held = {"clients": len(clients), "shortened_prompts": self.shortened, "left_out": self.left_out}
+        self.run.write_json("left_out.json", held)
+
     def _fitting(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
         encoded, too_long = self.selector.encode(comparisons)
         self.shortened += sum(item.cut > 0 for item in encoded)
@@ -93,7 +132,7 @@ class Session:
 
     def selectors(self, folder: str = "selectors") -> tuple[Weights, ...]:
         """The trained selectors of this run. A missing one is an error: nobody labels with random weights (mistake 10)."""
-        num_adapters = resolved(self.cfg.selectors, self.clients).num_adapters if folder == "selectors" else 1
+        num_adapters = 1 if folder == "global" else resolved(self.cfg.selectors, self.clients).num_adapters
         return tuple(self.run.load_adapter(f"{folder}/u{u}", base=self.lm.digest) for u in range(num_adapters))
 
 
@@ -138,6 +177,11 @@ def _check_settings(run: RunDir, cfg: Config) -> None:
     if not (run.path / "state" / "policy").exists():
         free |= {"alignment"}
     saved = load_config(path)
+    if "labels" in free and cfg.selectors.rounds > saved.selectors.rounds:  # more of the same rounds
+        saved = saved.model_copy(
+            update={"selectors": saved.selectors.model_copy(update={"rounds": cfg.selectors.rounds})}
+        )
+    run.write_text("config.yaml", dump_config(saved))  # settings that are newer than the run have their defaults in it
     run.check_same(
         "config.yaml", dump_config(cfg.model_copy(update={key: getattr(saved, key) for key in free})), "settings"
     )

@@ -179,7 +179,16 @@ def _wins(figure: Figure, judges: Sequence[Mapping[str, Any]], checkpoints: Sequ
 
 
 def _by_step(axes: Axes, checkpoints: Sequence[Mapping[str, Any]]) -> None:
-    axes.plot([c["step"] for c in checkpoints], [c["win_rate"] for c in checkpoints], color=colour("main"), marker="o")
+    judges = sorted({str(c["name"]) for c in checkpoints})
+    styles = ("-", (0, (5, 1.5)), (0, (1, 1.5)))
+    for judge, style in zip(judges, styles, strict=False):
+        rows = [c for c in checkpoints if c["name"] == judge]
+        axes.plot(
+            [c["step"] for c in rows], [c["win_rate"] for c in rows], color=colour("main"), marker="o", linestyle=style,
+            label=judge,
+        )  # fmt: skip
+    if len(judges) > 1:
+        axes.legend()
     axes.axhline(0.5, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_xlabel("DPO step")
     percents(axes.yaxis)

@@ -32,6 +32,8 @@ class RunView:
     timings: Sequence[Row] = ()
     evaluation: Mapping[str, Any] | None = None
     labels: Mapping[str, Any] | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """``left_out.json``."""
     num_completions: int = 0
     """Prompts that the policy has written completions for."""
     folders: frozenset[str] = frozenset()
@@ -76,7 +78,7 @@ class RunView:
     def left_out(self) -> dict[str, int]:
         """What was not used, by reason; reasons without a case are not in it."""
         counts: Counter[str] = Counter()
-        for reason, count in (self.selectors.get("left_out") or {}).items():
+        for reason, count in (self.data.get("left_out") or {}).items():
             counts[reason] += count
         for reason, count in ((self.labels or {}).get("left_out") or {}).items():
             counts[f"pairs of completions: {reason}"] += count
@@ -101,6 +103,7 @@ def read_run(run_dir: Path) -> RunView:
         timings=run.read_lines("timings.jsonl"),
         evaluation=run.read_json("evaluation.json"),
         labels=run.read_json("labels.json"),
+        data=run.read_json("left_out.json") or {},
         num_completions=len(run.read_lines("completions.jsonl")),
         folders=frozenset(name for name in ("selectors", "global", "policy") if (run_dir / name).is_dir()),
     )

@@ -27,7 +27,7 @@ from fedbiscuit.rundir.disk import (
     uninterrupted,
     write_all,
 )
-from fedbiscuit.rundir.folders import TEMPORARY, rename_folder, tidy
+from fedbiscuit.rundir.folders import TEMPORARY, remove_folder, rename_folder, tidy
 from fedbiscuit.rundir.lock import FolderLock
 from fedbiscuit.rundir.states import read_state, states_in, write_state
 from fedbiscuit.rundir.tensors import Expected
@@ -282,6 +282,11 @@ class RunDir:
         A missing one is an ``IntegrityError``: nobody goes on with random weights.
         """
         return read_adapter(self._inside(name), expect, base)
+
+    def discard(self, name: str, pattern: str) -> None:
+        """Remove the folders in folder ``name`` whose names match, each at once."""
+        for folder in sorted(self._inside(name).glob(pattern)):
+            remove_folder(folder)
 
     # How
 
