@@ -38,7 +38,7 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/trees.py
 
 quality: $(DEV)
-	$(BIN)/python -m pytest -m quality
+	$(BIN)/python -m pytest -m quality -s
 
 docs: $(DOCS)
 	$(BIN)/python scripts/generate_docs.py

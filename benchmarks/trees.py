@@ -184,8 +184,8 @@ def main() -> None:
         with torch.no_grad():
             for weights in adapters:
                 lm.put_adapter(weights)
-                rows = [plain_choice_logits(selector, [item.ab, item.ba]) for item in to_label]
-                out.append(torch.stack([row[:, 0] - row[:, 1] for row in rows]))
+                logits = plain_choice_logits(selector, [ids for item in to_label for ids in (item.ab, item.ba)])
+                out.append((logits[:, 0] - logits[:, 1]).view(-1, 2))
         return torch.stack(out)
 
     measure(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedbiscuit.config import Config, dump_config, json_schema, load_config, parse_config
     from fedbiscuit.data.comparisons import check_files, iter_comparisons, read_comparisons
+    from fedbiscuit.models.lm import resolve_model
     from fedbiscuit.pipeline import align, evaluate, label, run_all, train_selectors
     from fedbiscuit.report import write_report
     from fedbiscuit.types import (
@@ -45,6 +46,7 @@ __all__ = [
     "load_config",
     "parse_config",
     "read_comparisons",
+    "resolve_model",
     "run_all",
     "train_selectors",
     "write_report",
@@ -53,6 +55,7 @@ __all__ = [
 _HOME = {
     "fedbiscuit.config": ("Config", "dump_config", "json_schema", "load_config", "parse_config"),
     "fedbiscuit.data.comparisons": ("check_files", "iter_comparisons", "read_comparisons"),
+    "fedbiscuit.models.lm": ("resolve_model",),
     "fedbiscuit.pipeline": ("align", "evaluate", "label", "run_all", "train_selectors"),
     "fedbiscuit.report": ("write_report",),
     "fedbiscuit.types": (

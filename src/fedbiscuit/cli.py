@@ -38,7 +38,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     help=(
         "Federated preference alignment: people's private comparisons in, an aligned language model out.\n\n"
-        "First steps: `fedbiscuit run configs/demo.yaml`, then open the report that it writes.\n\n"
+        "First steps: `fedbiscuit config --example demo > demo.yaml`, `fedbiscuit run demo.yaml`, then open the report.\n\n"
         "Every command takes --help, and --debug for the traceback of an error."
     ),
 )
@@ -165,10 +165,15 @@ def show_config(
     schema: Annotated[
         bool, Parameter(negative="", show_default=False, help="print the JSON schema of a config, for editors")
     ] = False,
+    example: Annotated[
+        str,
+        Parameter(show_default=False, help="print a commented config that comes with fedbiscuit, such as your_data"),
+    ] = "",
 ) -> None:
     """Print all settings of a config, with their meaning, or check them.
 
     Examples: fedbiscuit config configs/demo.yaml seed=1
+              fedbiscuit config --example your_data > my.yaml
               fedbiscuit config my.yaml --check
               fedbiscuit config --schema > schema.json
     """
@@ -176,8 +181,10 @@ def show_config(
 
     if schema:
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    elif example:
+        print(_example(example), end="")
     elif config is None:
-        raise ConfigError("config: give a config file, such as configs/demo.yaml, or --schema")
+        raise ConfigError("config: give a config file, --example NAME or --schema")
     else:
         from fedbiscuit.data.encoding import load_template
 
@@ -224,6 +231,16 @@ def _run_dir(cfg: Config) -> Path:
     return Path(cfg.runs_dir) / cfg.name
 
 
+def _example(name: str) -> str:
+    """A config that is shipped: in the wheel beside this file, in a checkout at its root."""
+    here = Path(__file__).resolve().parent
+    folder = next((f for f in (here / "configs", here.parents[1] / "configs") if f.is_dir()), here)
+    found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if name not in found:
+        raise ConfigError(f"config: no example {name!r}; there are {', '.join(found)}")
+    return found[name].read_text(encoding="utf-8")
+
+
 def _evaluation(run_dir: Path) -> dict[str, Any]:
     return dict(json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8")))
 
@@ -262,7 +279,7 @@ def _next_commands(config: Path, overrides: Sequence[str], cfg: Config, is_folde
     return [
         (f"{_program()} run {again} name={cfg.name[:57]}-seed1 seed=1", "the same with other random draws"),
         (f"{_program()} data check FILE.jsonl", "look at comparisons of your own"),
-        (f"{_program()} run configs/your_data.yaml data.path=FILE.jsonl", "and train on them"),
+        (f"{_program()} config --example your_data > my.yaml", "settings for them, to read and change"),
     ]
 
 

@@ -31,6 +31,32 @@ def test_the_wheel_holds_the_demo_world_the_type_marker_and_the_licence_and_no_t
     assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/"))]
 
 
+def test_the_wheel_installs_elsewhere_and_its_command_brings_the_examples(wheel, tmp_path):
+    site = tmp_path / "site"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run(pip, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    for words in (["config", "--example", "demo"], ["config", "demo.yaml", "--check"]):
+        command = [sys.executable, str(site / "bin" / "fedbiscuit"), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if "--example" in words:
+            assert done.stdout == (ROOT / "configs" / "demo.yaml").read_text()
+            (tmp_path / "demo.yaml").write_text(done.stdout)
+    assert done.stdout == "demo.yaml: all settings are fine\n"
+
+
 def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "cfg.yaml").write_text("name: outside\ndata: {source: demo}\n")

@@ -11,6 +11,12 @@ tags: [fedbiscuit, {tag}]
 ---
 """
 
+LOAD = """```python
+base = AutoModelForCausalLM.from_pretrained(fedbiscuit.resolve_model("{base}")[0])
+model = PeftModel.from_pretrained(base, "{folder}")
+```
+"""
+
 
 def selector_card(base: str, u: int, num_adapters: int, rounds: int, template: str, letters: tuple[str, str]) -> str:
     """The card of selector ``u``."""
@@ -19,7 +25,7 @@ def selector_card(base: str, u: int, num_adapters: int, rounds: int, template: s
         f"A LoRA adapter of `{base}`, trained federatedly over {rounds} rounds by fedbiscuit. It reads a prompt and two "
         f"responses in the template `{template}` and answers with {letters[0]!r} or {letters[1]!r} as the next token. "
         "Read every pair in both orders and average: one order alone is biased.\n\n"
-        f'Load it with `PeftModel.from_pretrained(base_model, "selectors/u{u}")`.\n'
+        + LOAD.format(base=base, folder=f"selectors/u{u}")
     )
 
 
@@ -28,8 +34,7 @@ def policy_card(base: str, steps: int, num_pairs: int) -> str:
     return HEAD.format(base=base, tag="dpo") + (
         "# Aligned policy\n\n"
         f"A LoRA adapter of `{base}`, fine-tuned by fedbiscuit with {steps} steps of DPO on {num_pairs} pairs of its own "
-        "completions, which federated preference selectors had labeled.\n\n"
-        'Load it with `PeftModel.from_pretrained(base_model, "policy")`.\n'
+        "completions, which federated preference selectors had labeled.\n\n" + LOAD.format(base=base, folder="policy")
     )
 
 
@@ -39,6 +44,5 @@ def baseline_card(base: str, objective: str, rounds: int) -> str:
     return HEAD.format(base=base, tag=f"federated-{objective}") + (
         "# Federatedly trained policy\n\n"
         f"A LoRA adapter of `{base}`, trained by fedbiscuit over {rounds} rounds in which clients did {how}. A baseline: no "
-        "selector had a part in it.\n\n"
-        'Load it with `PeftModel.from_pretrained(base_model, "policy")`.\n'
+        "selector had a part in it.\n\n" + LOAD.format(base=base, folder="policy")
     )

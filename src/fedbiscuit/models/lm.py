@@ -265,9 +265,10 @@ class LM:
             yield
 
     def adapter_config(self) -> dict[str, Any]:
-        """What stands in ``adapter_config.json``: PEFT's own settings, with the model's name and no path of this machine."""
+        """What stands in ``adapter_config.json``: PEFT's own settings, with the model's name, of a path its last part."""
         config = self.model.peft_config["default"].to_dict()
-        config["base_model_name_or_path"] = self.name
+        local = Path(self.name).expanduser().exists()
+        config["base_model_name_or_path"] = Path(self.name).expanduser().resolve().name if local else self.name
         config["inference_mode"] = True
         return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
