@@ -263,6 +263,25 @@ def test_mistake_06_early_stopping_keeps_the_round_of_least_validation_loss_and_
     assert json.loads((run / "selectors/groups.json").read_text())["round"] == best
 
 
+def test_a_finished_training_goes_on_with_more_rounds_as_if_it_had_been_longer_from_the_start(tmp_path, tiny_model):
+    plain = ["evaluation.compare_global=false", "selectors.keep_every=0"]
+    short = settings(tmp_path, tiny_model, *plain, "selectors.rounds=4", name="grown")
+    pipeline.train_selectors(short)
+    grown = settings(tmp_path, tiny_model, *plain, "selectors.rounds=7", name="grown")
+    run = pipeline.train_selectors(grown, resume=True)
+    whole = pipeline.train_selectors(settings(tmp_path, tiny_model, *plain, "selectors.rounds=7", name="whole"))
+    for u in range(2):
+        file = f"selectors/u{u}/adapter_model.safetensors"
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
+    with pytest.raises(ConfigError, match=r"selectors\.rounds"):
+        pipeline.train_selectors(short, resume=True)  # fewer would take back what was done
+    pipeline.label(grown)
+    with pytest.raises(ConfigError, match=r"selectors\.rounds"):  # labels belong to the selectors that made them
+        pipeline.train_selectors(
+            settings(tmp_path, tiny_model, *plain, "selectors.rounds=9", name="grown"), resume=True
+        )
+
+
 def test_what_was_kept_along_the_way_is_evaluated_on_demand(tmp_path, tiny_model):
     cfg = settings(tmp_path, tiny_model, "alignment.keep_every=2", "selectors.keep_every=1")
     run = pipeline.run_all(cfg)
