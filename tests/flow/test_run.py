@@ -93,6 +93,15 @@ def test_a_run_leaves_what_the_design_says(finished):
         assert (run / name).exists(), name
 
 
+def test_no_path_of_this_machine_stands_in_an_adapter_that_is_handed_on(finished, tiny_model):
+    run, _ = finished
+    for folder in ("selectors/u0", "policy"):
+        for name in ("README.md", "adapter_config.json"):
+            text = (run / folder / name).read_text()
+            assert str(tiny_model.parent) not in text
+            assert tiny_model.name in text
+
+
 def test_the_log_has_a_line_a_round_with_the_phase_groups_and_bytes(finished):
     run, cfg = finished
     rows = lines(run / "metrics.jsonl")

@@ -12,9 +12,10 @@ from fedbiscuit.types import Comparison
 COMPARISONS = [Comparison(f"a question {i % 2}", f"yes {i}", "no, not at all", i % 2) for i in range(6)]
 
 
-@pytest.fixture(params=["llama", "gemma3"])
+@pytest.fixture(params=[("llama", False), ("gemma3", False), ("llama", True)], ids=["llama", "gemma3", "checkpointing"])
 def lm(request, load_tiny):
-    model = load_tiny(request.param, lora={"layers_to_transform": (1,)})
+    family, checkpointing = request.param
+    model = load_tiny(family, lora={"layers_to_transform": (1,)}, gradient_checkpointing=checkpointing)
     weights = model.new_adapter("trunks")
     generator = torch.Generator().manual_seed(0)
     model.put_adapter(

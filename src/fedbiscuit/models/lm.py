@@ -118,6 +118,12 @@ class LM:
         found = getattr(self._causal.config.get_text_config(), "max_position_embeddings", None)
         return found if isinstance(found, int) and found > 0 else None
 
+    @property
+    def public_name(self) -> str:
+        """What may stand in a file that is handed on: the name, of a path of this machine its last part."""
+        path = Path(self.name).expanduser()
+        return path.resolve().name if path.exists() else self.name
+
     # Computing
 
     def hidden(self, forest: Forest, trunk: Tensor | None = None) -> Tensor:
@@ -265,10 +271,9 @@ class LM:
             yield
 
     def adapter_config(self) -> dict[str, Any]:
-        """What stands in ``adapter_config.json``: PEFT's own settings, with the model's name, of a path its last part."""
+        """What stands in ``adapter_config.json``: PEFT's own settings, with the model's public name."""
         config = self.model.peft_config["default"].to_dict()
-        local = Path(self.name).expanduser().exists()
-        config["base_model_name_or_path"] = Path(self.name).expanduser().resolve().name if local else self.name
+        config["base_model_name_or_path"] = self.public_name
         config["inference_mode"] = True
         return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 

@@ -83,5 +83,5 @@ def align_policy(session: Session) -> None:
 def _save_policy(session: Session, folder: str, step: int, num_pairs: int) -> None:
     lm = session.policy_lm
     session.run.save_adapter(
-        folder, lm.adapter(), lm.adapter_config(), policy_card(lm.name, step, num_pairs), base=lm.digest
+        folder, lm.adapter(), lm.adapter_config(), policy_card(lm.public_name, step, num_pairs), base=lm.digest
     )

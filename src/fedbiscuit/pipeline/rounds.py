@@ -172,11 +172,11 @@ def _save_adapters(session: Session, settings: FederatedSettings, state: ServerS
     lm, config = session.lm, session.lm.adapter_config()
     if settings.local.objective != "choice":
         target = "policy" if folder == "selectors" else f"{folder}/policy"
-        card = baseline_card(lm.name, settings.local.objective, state.round)
+        card = baseline_card(lm.public_name, settings.local.objective, state.round)
         session.run.save_adapter(target, state.adapters[0], config, card, base=lm.digest)
         return
     letters = session.cfg.data.choice_tokens
     for u, weights in enumerate(state.adapters):
-        card = selector_card(lm.name, u, len(state.adapters), state.round, session.cfg.data.template, letters)
+        card = selector_card(lm.public_name, u, len(state.adapters), state.round, session.cfg.data.template, letters)
         session.run.save_adapter(f"{folder}/u{u}", weights, config, card, base=lm.digest)
     session.run.write_json(f"{folder}/groups.json", {"round": state.round, "adapter_of": state.grouping})
