@@ -112,6 +112,9 @@ class PartitionSettings(Section):
     )
     alpha: Positive = Field(0.3, description="dirichlet: smaller is more skewed")
     column: str = Field("domain", description="dirichlet: `domain`, or a key of `meta`")
+    new_clients: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of the clients that take part in no round, to see how the selectors serve new ones"
+    )
 
 
 class DemoSettings(Section):
@@ -184,9 +187,12 @@ class FederatedSettings(Section):
     warmup_rounds: CountOrOff = Field(10, description="W, warm-up rounds per adapter, when there are several")
     regroup_every: Count = Field(10, description="G, rounds between regroupings")
     grouping: Literal["prices", "optimal", "greedy", "nearest", "fixed"] = Field(
-        "prices", description="prices: balanced, and no client reports a loss; the others need losses, or `groups`"
+        "prices",
+        description="prices: balanced, and no client reports a loss; optimal, greedy, nearest: with losses; fixed: given",
     )
-    groups: dict[str, CountOrOff] = Field(default_factory=dict, description="fixed: client -> adapter")
+    groups: dict[str, CountOrOff] = Field(
+        default_factory=dict, description="fixed: client -> adapter; empty: as meta.group says"
+    )
     grouping_cohort: CountOrOff = Field(0, description="clients that are regrouped at a time; 0: all")
     grouping_comparisons: CountOrOff = Field(
         0,
@@ -218,6 +224,10 @@ class FederatedSettings(Section):
         "federated", description="centralized: one pooled client; local: every client its own adapter (baselines)"
     )
     local: TrainingSettings = Field(default_factory=TrainingSettings)
+    lr_decay: Share = Field(
+        0.0,
+        description="share of the rounds, at the end, over which local.lr falls evenly to 0; 0: it is the same in all",
+    )
     eval_every: CountOrOff = Field(
         10, description="rounds between evaluations on validation comparisons; 0: only at the end"
     )
@@ -369,8 +379,6 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         ):
             if number > made:
                 yield f"selectors.{key}", f"{number}, but there are only {made} clients"
-    if several and chosen.grouping == "fixed" and not chosen.groups:
-        yield "selectors.groups", "grouping fixed needs the adapter of each client, such as {ann: 0, bo: 1}"
     if chosen.groups and chosen.grouping != "fixed":
         yield (
             "selectors.groups",

@@ -110,7 +110,6 @@ def test_the_place_of_a_wrong_value_is_the_last_that_set_it():
         ("selectors: {num_adapters: 2, population: local}", "selectors.num_adapters: population local"),
         ("selectors: {num_adapters: 2, local: {objective: dpo}}", "selectors.num_adapters: objective dpo"),
         ("selectors: {num_adapters: 2, rounds: 20}", "selectors.rounds: 20 rounds end within the warm-up"),
-        ("selectors: {num_adapters: 2, grouping: fixed}", "selectors.groups: grouping fixed needs"),
         ("selectors: {groups: {ann: 0}}", "selectors.groups: grouping prices makes its own"),
         ("selectors: {num_adapters: 2, grouping: fixed, groups: {a.b: 2}}", "selectors.groups.a.b: 2 is not permitted"),
         ("selectors: {min_replies: 6}", "selectors.min_replies: 6 replies cannot come from a cohort of 5"),

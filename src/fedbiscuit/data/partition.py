@@ -6,7 +6,7 @@ Every draw is a function of the seed and of the comparison's own texts: the orde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,7 +14,7 @@ from fedbiscuit.config import PartitionSettings
 from fedbiscuit.data.records import pair_of
 from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, DataError, rng_for, seed_for
 
-__all__ = ["PARTITIONS", "Division", "divide", "partition", "pooled"]
+__all__ = ["PARTITIONS", "Division", "divide", "named_groups", "partition", "pooled", "set_apart"]
 
 MAX_VALIDATION = 200
 TEST_FRACTION = 0.1
@@ -80,6 +80,28 @@ def pooled(clients: dict[ClientId, ClientData]) -> ClientData:
         tuple(comparison for share in shares for comparison in share.validation),
         tuple(comparison for share in shares for comparison in share.test),
     )
+
+
+def set_apart(clients: Iterable[ClientId], share: float, seed: int) -> set[ClientId]:
+    """The clients that take part in no round: about ``share`` of them, at least one unless it is 0, never all."""
+    drawn = sorted(clients, key=lambda client: seed_for(seed, "new clients", client))
+    if share == 0.0:
+        return set()
+    if len(drawn) < 2:
+        raise ConfigError(f"data.partition.new_clients: {share:g}, but there is only one client; use 0")
+    return set(drawn[: min(max(1, round(share * len(drawn))), len(drawn) - 1)])
+
+
+def named_groups(clients: Mapping[ClientId, ClientData]) -> dict[ClientId, int] | None:
+    """The groups that the data itself names (``meta.group``), as numbers; None where not every client has exactly one."""
+    named = {
+        client: {str(c.meta["group"]) for c in (*data.train, *data.validation, *data.test) if "group" in c.meta}
+        for client, data in clients.items()
+    }
+    if not all(len(groups) == 1 for groups in named.values()):
+        return None
+    numbers = {group: i for i, group in enumerate(sorted({next(iter(groups)) for groups in named.values()}))}
+    return {client: numbers[next(iter(groups))] for client, groups in named.items()}
 
 
 # To clients

@@ -22,14 +22,19 @@ FEWEST = 5
 class Judged:
     """What a rule says of one client's n comparisons.
 
-    probability: (n,) that the client prefers A. choice: (n,) 0 where it does. loss: (n,) nats. flipped: (n,) whether the two
-    orders alone disagree.
+    probability: (n,) that the client prefers A. choice: (n,) 0 where it does. loss: (n,) nats. in_order: (n, 2) 1 where the
+    rule agrees with the client when it is shown (A, B) alone, and (B, A) alone.
     """
 
     probability: np.ndarray
     choice: np.ndarray
     loss: np.ndarray
-    flipped: np.ndarray
+    in_order: np.ndarray
+
+    @property
+    def flipped(self) -> np.ndarray:
+        """(n,) 1 where the two orders alone disagree."""
+        return np.asarray(self.in_order[:, 0] != self.in_order[:, 1], dtype=float)
 
     @property
     def correct(self) -> np.ndarray:
@@ -44,12 +49,17 @@ class Judged:
 
 
 def summarize(
-    name: str, judged: Mapping[ClientId, Judged], key: tuple[object, ...], resamples: int = 1000
+    name: str,
+    judged: Mapping[ClientId, Judged],
+    key: tuple[object, ...],
+    resamples: int = 1000,
+    cooled: Mapping[ClientId, Judged] | None = None,
 ) -> dict[str, Any]:
     """One row of the table: means over clients and over comparisons, and the worst decile of clients.
 
-    ``interval`` is the 95% bootstrap interval of the mean over clients, None for fewer than five of them. Calibration
-    error: expected, 10 bins.
+    ``interval`` is the 95% bootstrap interval of the mean over clients, None for fewer than five of them.
+    ``accuracy_in_order``: the means over clients for (A, B) alone and for (B, A) alone. Calibration error: expected, 10
+    bins. ``cooled`` is the same at a fitted temperature; its loss and calibration error stand beside.
     """
     by_client = [one.accuracy for _, one in sorted(judged.items()) if len(one.choice)]
     every = [one for _, one in sorted(judged.items()) if len(one.choice)]
@@ -62,8 +72,18 @@ def summarize(
         "accuracy_comparisons": float(np.concatenate([one.correct for one in every]).mean()),
         "worst_decile": float(np.mean(worst)),
         "loss": float(loss.mean()) if np.isfinite(loss).all() else None,
+        "accuracy_in_order": [float(np.mean([one.in_order[:, i].mean() for one in every])) for i in (0, 1)],
         "flip_rate": float(np.concatenate([one.flipped for one in every]).mean()),
         "calibration_error": _expected_error(calibration(judged)),
+        **(_at_temperature(cooled) if cooled else {}),
+    }
+
+
+def _at_temperature(cooled: Mapping[ClientId, Judged]) -> dict[str, float]:
+    loss = np.concatenate([one.loss for _, one in sorted(cooled.items())])
+    return {
+        "loss_at_temperature": float(loss.mean()),
+        "calibration_error_at_temperature": _expected_error(calibration(cooled)),
     }
 
 
@@ -89,9 +109,9 @@ def longer_answer(comparisons: Sequence[Comparison]) -> Judged:
     """The rule "the answer with more characters is better", as in `data check`; equal lengths count one half."""
     lengths = np.array([[len(c.output_a), len(c.output_b)] for c in comparisons]).reshape(-1, 2)
     probability = 0.5 + 0.5 * np.sign(lengths[:, 0] - lengths[:, 1])
-    count = len(comparisons)
     choice = np.array([c.choice for c in comparisons], dtype=int)
-    return Judged(probability, choice, np.full(count, np.nan), np.zeros(count))
+    right = 0.5 + (0.5 - choice) * np.sign(lengths[:, 0] - lengths[:, 1])
+    return Judged(probability, choice, np.full(len(comparisons), np.nan), np.stack([right, right], axis=1))
 
 
 def bootstrap_interval(values: Sequence[float], key: tuple[object, ...], resamples: int = 1000) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from fedbiscuit.models.losses import margin_nats
 from fedbiscuit.models.selector import Selector, choice_probability, letter_margins, vote
 from fedbiscuit.types import ClientId, Comparison, Grouping, Weights
 
-__all__ = ["ClientMargins", "judge_by_group", "judge_by_vote", "score_clients"]
+__all__ = ["ClientMargins", "fit_temperature", "judge_by_group", "judge_by_vote", "score_clients"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,11 @@ def score_clients(
     }
 
 
-def judge_by_group(scores: Mapping[ClientId, ClientMargins], grouping: Grouping) -> dict[ClientId, Judged]:
+def judge_by_group(
+    scores: Mapping[ClientId, ClientMargins], grouping: Grouping, temperature: float = 1.0
+) -> dict[ClientId, Judged]:
     """Each client by the selector of its own group; where only that one was scored, by that."""
-    return {
-        client: _judged(one.margins[grouping[client] if len(one.margins) > 1 else 0], one.choice)
-        for client, one in scores.items()
-    }
+    return {client: _judged(_own(one, grouping[client]), one.choice, temperature) for client, one in scores.items()}
 
 
 def judge_by_vote(
@@ -77,14 +77,40 @@ def judge_by_vote(
     """Each client by the vote of all selectors. Loss and flips are those of the mean margin."""
     judged = {}
     for client, one in scores.items():
-        base = _judged(one.margins.mean(dim=0), one.choice)
+        base = _judged(one.margins.mean(dim=0), one.choice, temperature)
         probability = vote(choice_probability(one.margins, temperature), rule).probability.numpy()
-        judged[client] = Judged(probability, base.choice, base.loss, base.flipped)
+        judged[client] = Judged(probability, base.choice, base.loss, base.in_order)
     return judged
 
 
-def _judged(margins: Tensor, choice: np.ndarray) -> Judged:
+def fit_temperature(scores: Mapping[ClientId, ClientMargins], grouping: Grouping) -> float | None:
+    """The temperature, 0.05 to 20, at which the own group's selectors have the least loss; None without comparisons.
+
+    Temperature scaling (Guo et al. 2017, section 4.2). The loss is convex in 1 / temperature, so a search by thirds finds it.
+    """
+    if not scores:
+        return None
+    margins = torch.cat([_own(one, grouping[client]) for client, one in sorted(scores.items())]).double()
+    choice = torch.cat([torch.from_numpy(one.choice) for _, one in sorted(scores.items())])
+
+    def loss(log_temperature: float) -> float:
+        return float(margin_nats(margins / math.exp(log_temperature), choice).mean())
+
+    low, high = -math.log(20.0), math.log(20.0)
+    for _ in range(60):
+        third = (high - low) / 3
+        low, high = (low, high - third) if loss(low + third) < loss(high - third) else (low + third, high)
+    return math.exp((low + high) / 2)
+
+
+def _own(one: ClientMargins, group: int) -> Tensor:
+    """(n, 2) margins of the selector of a client's group."""
+    return one.margins[group if len(one.margins) > 1 else 0]
+
+
+def _judged(margins: Tensor, choice: np.ndarray, temperature: float) -> Judged:
     """(n, 2) margins of one selector against the choices; loss in nats of the choice."""
-    loss = margin_nats(margins, torch.from_numpy(choice)).numpy()
-    flipped = (margins[:, 0] > 0) == (margins[:, 1] > 0)
-    return Judged(choice_probability(margins).numpy(), choice, loss, flipped.double().numpy())
+    loss = margin_nats(margins / temperature, torch.from_numpy(choice)).numpy()
+    says_a = np.stack([(margins[:, 0] > 0).numpy(), (margins[:, 1] <= 0).numpy()], axis=1)
+    in_order = (says_a == (choice == 0)[:, None]).astype(float)
+    return Judged(choice_probability(margins, temperature).numpy(), choice, loss, in_order)

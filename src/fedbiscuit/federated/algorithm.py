@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from fedbiscuit.config import FederatedSettings, least_replies
@@ -22,6 +23,7 @@ from fedbiscuit.types import (
     ConfigError,
     FederationError,
     Grouping,
+    LocalTraining,
     Reply,
     RoundRecord,
     ServerState,
@@ -34,6 +36,7 @@ __all__ = [
     "assign",
     "fedbiscuit_round",
     "init_state",
+    "local_training",
     "num_warmup_rounds",
     "phase_of",
     "regroup_is_due",
@@ -112,6 +115,12 @@ def assign(cohort: Sequence[ClientId], round: int, grouping: Grouping, cfg: Fede
     return {client: grouping[client] for client in cohort}
 
 
+def local_training(round: int, cfg: FederatedSettings) -> LocalTraining:
+    """How clients train in a round: ``cfg.local``, with a learning rate that falls in the last rounds (``lr_decay``)."""
+    local, falling = cfg.local.as_local(), cfg.lr_decay * cfg.rounds
+    return local if cfg.rounds - round >= falling else replace(local, lr=local.lr * (cfg.rounds - round) / falling)
+
+
 # The steps of a round
 
 
@@ -143,7 +152,7 @@ def _train_a_cohort(
 def _train(
     exchange: Exchange, state: ServerState, adapter_of: Mapping[ClientId, int], cfg: FederatedSettings
 ) -> dict[ClientId, Reply]:
-    local = cfg.local.as_local()
+    local = local_training(state.round, cfg)
     lent = {u: Lent({u: state.adapters[u]}) for u in set(adapter_of.values())}
     tasks = [
         Task("train", client, state.round, lent[u], local=local, consumed=state.consumed.get(client, 0))

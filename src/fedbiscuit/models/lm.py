@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedbiscuit.config import LoraSettings, ModelSettings
+from fedbiscuit.models.lora import fuse_lora
 from fedbiscuit.models.trees import ATTENTION, Forest, pack, tree_attention
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError, Weights, seed_for
 
@@ -295,6 +296,7 @@ def load_lm(settings: ModelSettings) -> LM:
             wrapped.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped.to(device)
     wrapped.eval()
+    fuse_lora(wrapped)
     lm = LM(wrapped, tokenizer, settings.base, digest)
     _check_fast_path(lm)
     return lm

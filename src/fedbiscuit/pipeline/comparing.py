@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedbiscuit.evaluation.metrics import calibration, longer_answer, summarize
-from fedbiscuit.evaluation.selectors import judge_by_group, judge_by_vote, score_clients
+from fedbiscuit.backends.client import Memory, answer
+from fedbiscuit.data.partition import named_groups
+from fedbiscuit.evaluation.metrics import Judged, calibration, longer_answer, summarize
+from fedbiscuit.evaluation.selectors import fit_temperature, judge_by_group, judge_by_vote, score_clients
 from fedbiscuit.evaluation.winrate import win_rate
 from fedbiscuit.federated.grouping import adjusted_rand_index
 from fedbiscuit.models.selector import choice_probability, letter_margins, vote
 from fedbiscuit.pipeline.labels import write, write_raw
 from fedbiscuit.pipeline.session import Session, resolved
-from fedbiscuit.types import ClientId, Comparison, ConfigError, DataError
+from fedbiscuit.types import ClientId, Comparison, ConfigError, DataError, Grouping, Task, Weights
 
 __all__ = ["evaluate_run"]
 
@@ -73,13 +75,15 @@ def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
     )
     own = judge_by_group(scores, grouping)
     single = len(adapters) == 1
-    rows = [summarize("one global selector" if single else "selector of the client's group", own, key, resamples)]
+    temperature = _temperature(session, adapters, grouping)
+    cooled = judge_by_group(scores, grouping, temperature) if temperature else None
+    name = "one global selector" if single else "selector of the client's group"
+    rows = [summarize(name, own, key, resamples, cooled)]
+    voted: dict[ClientId, Judged] = {}
     if not single and not own_only:
-        rows.append(
-            summarize(
-                "vote of all selectors", judge_by_vote(scores, cfg.labels.vote, cfg.labels.temperature), key, resamples
-            )
-        )
+        voted = judge_by_vote(scores, cfg.labels.vote, cfg.labels.temperature)
+        cooled = judge_by_vote(scores, cfg.labels.vote, temperature) if temperature else None
+        rows.append(summarize("vote of all selectors", voted, key, resamples, cooled))
     if (run.path / "global").is_dir():
         everyone = dict.fromkeys(test, 0)
         judged = judge_by_group(
@@ -90,6 +94,8 @@ def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
     rows.append(summarize("the longer answer", longer, key, resamples))
     shorter = {client: replace(one, probability=1 - one.probability) for client, one in longer.items()}
     rows.append(summarize("the shorter answer", shorter, key, resamples))
+    new = _judge_new_clients(session, adapters) if session.new_clients and not own_only else {}
+    rows += [summarize(name, judged, key, resamples) for name, judged in new.items()]
     rows.append({"name": "chance", "accuracy": 0.5, "accuracy_comparisons": 0.5, "worst_decile": 0.5})
     truth = _true_groups(session)
     along = []
@@ -109,9 +115,12 @@ def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
                 "accuracy": own[client].accuracy,
                 "comparisons": len(own[client].choice),
                 "baseline_longer": longer[client].accuracy,
+                **({"vote": voted[client].accuracy} if voted else {}),
             }
             for client in sorted(own)
         },
+        "new_clients": {name: {c: one.accuracy for c, one in sorted(judged.items())} for name, judged in new.items()},
+        "temperature": temperature,
         "calibration": calibration(own),
         "adjusted_rand_index": adjusted_rand_index(grouping, truth) if truth and not single and not own_only else None,
     }
@@ -130,18 +139,47 @@ def _grouping(session: Session, folder: str) -> dict[ClientId, int]:
     return dict(found["adapter_of"])
 
 
+def _temperature(session: Session, adapters: Sequence[Weights], grouping: Grouping) -> float | None:
+    """The temperature that fits the own group's selectors to the validation comparisons; the experimenter's number."""
+    limit = session.cfg.evaluation.max_comparisons or None
+    held = {client: data.validation[:limit] for client, data in session.clients.items() if data.validation}
+    batch_size = session.cfg.evaluation.batch_size
+    return fit_temperature(score_clients(session.selector, adapters, held, grouping, batch_size), grouping)
+
+
+def _judge_new_clients(session: Session, adapters: Sequence[Weights]) -> dict[str, dict[ClientId, Judged]]:
+    """Clients that took part in no round: by the selector that fits their own comparisons best, by the vote, by length.
+
+    A new client scores the selectors as in grouping, on comparisons of its own that are not tested, and takes the one of
+    least loss; it trains nothing.
+    """
+    cfg, limit = session.cfg, session.cfg.evaluation.max_comparisons or None
+    clients = {client: data for client, data in session.new_clients.items() if data.test}
+    if not clients:
+        return {}
+    test = {client: data.test[:limit] for client, data in clients.items()}
+    scores = score_clients(session.selector, adapters, test, None, cfg.evaluation.batch_size)
+    prices = (0.0,) * len(adapters)
+    seats = {}
+    for client, data in clients.items():
+        memory = Memory()
+        answer(Task("evaluate", client, cfg.selectors.rounds, dict(enumerate(adapters))), data, session.desk, memory)
+        seats[client] = answer(
+            Task("seat", client, cfg.selectors.rounds, prices=prices), data, session.desk, memory
+        ).seat
+    fitting = judge_by_group(scores, {client: seat or 0 for client, seat in seats.items()})
+    if len(adapters) == 1:
+        judged = {"new clients, one global selector": fitting}
+    else:
+        voted = judge_by_vote(scores, cfg.labels.vote, cfg.labels.temperature)
+        judged = {"new clients, the best fitting selector": fitting, "new clients, vote of all selectors": voted}
+    return judged | {"new clients, the longer answer": {c: longer_answer(held) for c, held in test.items()}}
+
+
 def _true_groups(session: Session) -> dict[ClientId, int] | None:
     """The groups that the data itself names (``meta.group``): the reference for grouping, never a feature."""
-    if session.dataset.truth is not None:
-        return dict(session.dataset.truth.group_of)
-    named = {
-        client: {str(c.meta["group"]) for c in (*data.train, *data.test) if "group" in c.meta}
-        for client, data in session.clients.items()
-    }
-    if not all(len(groups) == 1 for groups in named.values()):
-        return None
-    numbers = {group: i for i, group in enumerate(sorted({g for groups in named.values() for g in groups}))}
-    return {client: numbers[next(iter(groups))] for client, groups in named.items()}
+    truth = session.dataset.truth
+    return named_groups(session.clients) if truth is None else dict(truth.group_of)
 
 
 def _evaluate_policy(session: Session, checkpoints: bool) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedbiscuit.backends.client import Desk
 from fedbiscuit.backends.inprocess import InProcessBackend
 from fedbiscuit.config import FederatedSettings
 from fedbiscuit.data.partition import pooled
@@ -35,16 +34,7 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
     run, seed = session.run, session.cfg.seed
     clients = {"all": pooled(session.clients)} if settings.population == "centralized" else session.clients
     settings = resolved(settings, clients)
-    desk = Desk(
-        session.selector,
-        seed,
-        settings.lora_aggregation == "freeze_a",
-        session.cfg.generation.chat,
-        session.cfg.generation.system,
-        session.cfg.evaluation.batch_size,
-        settings.grouping_comparisons,
-    )
-    backend = InProcessBackend(desk, clients)
+    backend = InProcessBackend(session.desk, clients)
     found = run.load_state(name)
     state = init_state([session.lm.new_adapter(seed, "adapter", u) for u in range(settings.num_adapters)])
     if found is not None:

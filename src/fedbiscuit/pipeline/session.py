@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from fedbiscuit.backends.client import Desk
 from fedbiscuit.config import Config, FederatedSettings, dump_config, load_config
 from fedbiscuit.data.encoding import load_template
+from fedbiscuit.data.partition import named_groups, set_apart
 from fedbiscuit.data.sources import Dataset, load
 from fedbiscuit.models.lm import LM, load_lm
 from fedbiscuit.models.selector import Selector
@@ -63,7 +65,35 @@ class Session:
         )
 
     @cached_property
+    def desk(self) -> Desk:
+        """What clients work with here."""
+        cfg = self.cfg
+        return Desk(
+            self.selector,
+            cfg.seed,
+            cfg.selectors.lora_aggregation == "freeze_a",
+            cfg.generation.chat,
+            cfg.generation.system,
+            cfg.evaluation.batch_size,
+            cfg.selectors.grouping_comparisons,
+        )
+
+    @cached_property
     def clients(self) -> dict[ClientId, ClientData]:
+        """Those that take part in the rounds."""
+        return {client: data for client, data in self._everyone.items() if client not in self._set_apart}
+
+    @cached_property
+    def new_clients(self) -> dict[ClientId, ClientData]:
+        """Those that take part in no round, for the evaluation (``data.partition.new_clients``)."""
+        return {client: data for client, data in self._everyone.items() if client in self._set_apart}
+
+    @cached_property
+    def _set_apart(self) -> set[ClientId]:
+        return set_apart(self._everyone, self.cfg.data.partition.new_clients, self.cfg.seed)
+
+    @cached_property
+    def _everyone(self) -> dict[ClientId, ClientData]:
         """The comparisons that fit ``max_tokens``, of every client that has some to train on; the rest is in ``left_out``."""
         fitting = {}
         for client, data in self.dataset.clients.items():
@@ -115,7 +145,12 @@ class Session:
     def note_left_out(self) -> None:
         """``left_out.json``: how much of the data is not used, by reason."""
         clients = self.clients
-        held = {"clients": len(clients), "shortened_prompts": self.shortened, "left_out": self.left_out}
+        held = {
+            "clients": len(clients),
+            "new_clients": len(self.new_clients),
+            "shortened_prompts": self.shortened,
+            "left_out": self.left_out,
+        }
         self.run.write_json("left_out.json", held)
 
     def _fitting(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
@@ -215,7 +250,25 @@ def resolved(settings: FederatedSettings, clients: Mapping[ClientId, ClientData]
         raise ConfigError(
             f"selectors.grouping_cohort: {settings.grouping_cohort}, but only {len(holders)} clients take part; use 0 for all"
         )
+    if settings.grouping == "fixed" and settings.num_adapters > 1 and not settings.groups:
+        settings = settings.model_copy(update={"groups": _groups_in_data(settings, clients)})
     if settings.grouping == "fixed" and settings.num_adapters > 1 and settings.groups.keys() != set(holders):
         odd = sorted(settings.groups.keys() ^ set(holders))
         raise ConfigError(f"selectors.groups: must name each client once; {len(odd)} differ, such as {odd[:3]}")
     return settings
+
+
+def _groups_in_data(settings: FederatedSettings, clients: Mapping[ClientId, ClientData]) -> dict[ClientId, int]:
+    """Groups for an experiment that is told them."""
+    groups = named_groups(clients)
+    if groups is None:
+        raise ConfigError(
+            "selectors.groups: empty, and the data does not name one group (meta.group) for each client; "
+            "give groups, such as {ann: 0, bo: 1}, or let grouping find them"
+        )
+    count = len(set(groups.values()))
+    if count != settings.num_adapters:
+        raise ConfigError(
+            f"selectors.num_adapters: {settings.num_adapters}, but the data names {count} groups; set it to {count}"
+        )
+    return groups

@@ -1,0 +1,190 @@
+"""Several run folders side by side: which method agrees with people more, by how much, and what it costs.
+
+Runs that differ by their seed alone are one row. Rows are compared on the same people: differences are taken client by
+client and seed by seed, and their intervals come from resampling clients.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fedbiscuit.config import Config
+from fedbiscuit.evaluation.metrics import FEWEST, bootstrap_interval
+from fedbiscuit.report.reading import RunView, read_run, validation_series
+from fedbiscuit.types import ClientId, ConfigError
+
+__all__ = ["Difference", "Method", "Section", "compare", "read_sections"]
+
+WITHOUT_INFLUENCE = (
+    "name", "runs_dir", "seed", "evaluation", "model.threads", "model.trunk_gigabytes", "data.path", "selectors.save_every",
+    "selectors.keep_every", "selectors.eval_every", "selectors.eval_comparisons", "generation", "labels", "alignment",
+)  # fmt: skip
+"""Settings that do not make another selector, or only the seed's kind of another one."""
+
+ByClient = Mapping[ClientId, float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Runs that differ by their seed alone. Accuracies are shares; means are over clients first, then over seeds."""
+
+    name: str
+    runs: tuple[RunView, ...]
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each run."""
+        return tuple(run.cfg.seed for run in self.runs)
+
+    def by_client(self, key: str = "accuracy") -> dict[int, ByClient]:
+        """Seed -> client -> accuracy, of the ``accuracy`` of the client's own selector or of the ``vote``."""
+        return {
+            run.cfg.seed: {client: one[key] for client, one in run.selectors["clients"].items() if key in one}
+            for run in self.runs
+        }
+
+    def row(self, key: str, place: int = 0) -> list[Any]:
+        """One number of each run: of its first row in ``evaluation.json``, which is the method's own selector."""
+        return [run.selectors["rows"][place].get(key) for run in self.runs]
+
+    def each(self, read: Callable[[RunView], float | None]) -> list[float]:
+        """One number of each run that has it."""
+        return [value for run in self.runs if (value := read(run)) is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much more often one method agrees with people than another, over clients that both have: mean, 95% interval
+    (None for fewer than five clients), and for how many clients it is better and worse.
+    """
+
+    mean: float
+    interval: list[float] | None
+    better: int
+    worse: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """Methods that were tested on the same comparisons."""
+
+    title: str
+    methods: tuple[Method, ...]
+
+
+def read_sections(run_dirs: Sequence[Path]) -> list[Section]:
+    """Evaluated run folders as rows, in the order given, one section for each set of test comparisons.
+
+    Raises ``ConfigError`` for a folder that is no run, or one that is not evaluated or has no selectors.
+    """
+    sections: dict[tuple[Any, ...], list[RunView]] = {}
+    for folder in run_dirs:
+        run = read_run(folder)
+        if not run.selectors:
+            raise ConfigError(f"{folder}: has no evaluated selectors; run `fedbiscuit evaluate {folder}` first")
+        sections.setdefault(_tested_on(run), []).append(run)
+    return [Section(_title(runs[0]), tuple(_methods(runs))) for runs in sections.values()]
+
+
+def compare(method: Method, other: Method, key: tuple[object, ...] = ("compare",)) -> Difference | None:
+    """``method`` minus ``other``, paired by seed and client; None where they have no client of one seed in common."""
+    mine, theirs = method.by_client(), other.by_client()
+    gains: dict[ClientId, list[float]] = {}
+    for seed in mine.keys() & theirs.keys():
+        for client in mine[seed].keys() & theirs[seed].keys():
+            gains.setdefault(client, []).append(mine[seed][client] - theirs[seed][client])
+    means = [mean(gains[client]) for client in sorted(gains)]
+    if not means:
+        return None
+    interval = bootstrap_interval(means, (*key, method.name, other.name)) if len(means) >= FEWEST else None
+    return Difference(mean(means), interval, sum(gain > 0 for gain in means), sum(gain < 0 for gain in means))
+
+
+def mean_and_interval(by_seed: Mapping[int, ByClient], key: tuple[object, ...]) -> tuple[float, list[float] | None]:
+    """The mean over clients, then over seeds, and its interval from resampling clients with their mean over seeds."""
+    clients: dict[ClientId, list[float]] = {}
+    for accuracies in by_seed.values():
+        for client, accuracy in accuracies.items():
+            clients.setdefault(client, []).append(accuracy)
+    means = [mean(clients[client]) for client in sorted(clients)]
+    interval = bootstrap_interval(means, key) if len(means) >= FEWEST else None
+    return mean(mean(accuracies.values()) for accuracies in by_seed.values()), interval
+
+
+def curves(method: Method) -> list[tuple[int, float]]:
+    """(round, validation accuracy as the mean over seeds) at the rounds that all runs evaluated."""
+    series = [dict(validation_series(run.rounds, "accuracy")) for run in method.runs]
+    shared = set.intersection(*map(set, series)) if series else set()
+    return [(number, mean(found[number] for found in series)) for number in sorted(shared)]
+
+
+def _tested_on(run: RunView) -> tuple[Any, ...]:
+    digests = tuple(sorted((run.manifest.get("data") or {}).values()))
+    return digests, run.cfg.data.partition, run.cfg.data.demo, run.cfg.evaluation.max_comparisons
+
+
+def _title(run: RunView) -> str:
+    counts = Counter(one["comparisons"] for one in run.selectors["clients"].values())
+    tested = f"{counts.total()} clients with {sum(size * many for size, many in counts.items())} test comparisons"
+    paths = run.cfg.data.path
+    name = "/".join(Path(paths[0]).parts[-2:]) if paths else run.cfg.data.source
+    return f"{name}: {tested}"
+
+
+def _methods(runs: Sequence[RunView]) -> Iterator[Method]:
+    groups: dict[tuple[Any, ...], list[RunView]] = {}
+    for run in runs:
+        groups.setdefault(tuple(sorted(_settings(run.cfg).items())), []).append(run)
+    kinds = Counter(_kind(held[0].cfg) for held in groups.values())
+    for held in groups.values():
+        seeds = [run.cfg.seed for run in held]
+        if len(set(seeds)) < len(seeds):
+            raise ConfigError(
+                f"two of the runs have the same settings and the same seed ({min(seeds)}); give one of them"
+            )
+        kind = _kind(held[0].cfg)
+        alike = [dict(settings) for settings in groups if _kind(groups[settings][0].cfg) == kind]
+        told = _what_differs(_settings(held[0].cfg), alike) if kinds[kind] > 1 else ""
+        yield Method(f"{kind}{told}", tuple(sorted(held, key=lambda run: run.cfg.seed)))
+
+
+def _kind(cfg: Config) -> str:
+    chosen = cfg.selectors
+    if chosen.population != "federated":
+        return {"centralized": "centralized", "local": "local only"}[chosen.population]
+    if chosen.num_adapters == 1:
+        return "FedBis"
+    if chosen.grouping == "fixed":
+        return f"told the {chosen.num_adapters} groups"
+    return f"FedBiscuit, U = {chosen.num_adapters}"
+
+
+def _settings(cfg: Config) -> dict[str, str]:
+    """Every setting that can make another selector, by its path."""
+    flat: dict[str, str] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if path in WITHOUT_INFLUENCE:
+            return
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(inner, f"{path}.{key}" if path else str(key))
+        else:
+            flat[path] = str(value)
+
+    walk(cfg.model_dump(), "")
+    return flat
+
+
+def _what_differs(settings: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> str:
+    """The settings by which this one differs from the others of its kind, in words."""
+    keys = sorted(
+        {key for other in alike for key in settings.keys() | other.keys() if settings.get(key) != other.get(key)}
+    )
+    return "".join(f", {key.rsplit('.', 1)[-1]} {settings.get(key, 'unset')}" for key in keys)

@@ -1,0 +1,226 @@
+"""The comparison of several runs as text: Markdown with figures beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from fedbiscuit.report.canvas import colour, colour_of, draw, marker_of, percents, whole_numbers
+from fedbiscuit.report.comparison import Method, Section, compare, curves, mean_and_interval, read_sections
+from fedbiscuit.report.style import LIGHT
+from fedbiscuit.rundir import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["comparison_tables", "write_comparison"]
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Header and rows."""
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> list[Path]:
+    """Write the tables to ``out`` as Markdown, with two SVG figures a section beside it; the files written.
+
+    From the same run folders the same bytes come out.
+    """
+    written, text = [], ["# Runs compared", ""]
+    for number, section in enumerate(read_sections(run_dirs)):
+        text += [f"## {section.title}", ""]
+        for header, rows in comparison_tables(section).values():
+            text += [*_markdown(header, rows), ""]
+        for name, svg in _figures(section):
+            path = out.with_name(f"{out.stem}-{number}-{name}.svg")
+            atomic_write(path, svg)
+            written.append(path)
+            text += [f"![{name}]({path.name})", ""]
+    atomic_write(out, "\n".join(text).rstrip() + "\n")
+    return [out, *written]
+
+
+def comparison_tables(section: Section) -> dict[str, Table]:
+    """The tables of a section: how often people are agreed with, calibration, differences to the first row, cost."""
+    return {
+        "agreement": _agreement(section),
+        "differences": _differences(section),
+        "calibration": _calibration(section),
+        "cost": _cost(section),
+    }
+
+
+def _agreement(section: Section) -> Table:
+    header = (
+        "agreement with held-out choices", "seeds", "mean over clients", "95% interval", "each seed", "over comparisons",
+        "(A, B) alone", "(B, A) alone", "flips", "worst tenth", "new clients", "adjusted Rand index",
+    )  # fmt: skip
+    rows = []
+    for method in section.methods:
+        rows.append(_agreement_row(method, method.name, 0, "accuracy", "new clients, the best fitting selector"))
+        if any("vote" in one for run in method.runs for one in run.selectors["clients"].values()):
+            rows.append(_agreement_row(method, f"{method.name}, vote", 1, "vote", "new clients, vote of all selectors"))
+    longer = {run.cfg.seed: run for method in section.methods for run in method.runs}
+    held = {
+        seed: {client: one["baseline_longer"] for client, one in run.selectors["clients"].items()}
+        for seed, run in longer.items()
+    }
+    value, interval = mean_and_interval(held, ("the longer answer",))
+    new = [_new(run, "new clients, the longer answer") for run in longer.values()]
+    rows.append(
+        (
+            "the longer answer",
+            str(len(held)),
+            _share(value),
+            _interval(interval),
+            "",
+            "",
+            "",
+            "",
+            "",
+            "",
+            _mean(new),
+            "",
+        )
+    )
+    return header, rows
+
+
+def _agreement_row(method: Method, name: str, place: int, key: str, new: str) -> tuple[str, ...]:
+    by_seed = method.by_client(key)
+    value, interval = mean_and_interval(by_seed, (name,))
+    orders = method.row("accuracy_in_order", place)
+    in_order = [_mean([pair[i] for pair in orders if pair]) for i in (0, 1)]
+    rand = method.each(lambda run: run.selectors.get("adjusted_rand_index")) if place == 0 else []
+    return (
+        name,
+        str(len(by_seed)),
+        _share(value),
+        _interval(interval),
+        " ".join(_share(mean(accuracies.values())) for accuracies in by_seed.values()),
+        _mean(method.row("accuracy_comparisons", place)),
+        *in_order,
+        _mean(method.row("flip_rate", place)),
+        _mean(method.row("worst_decile", place)),
+        _mean([_new(run, new, "new clients, one global selector") for run in method.runs]),
+        " ".join(f"{value:.2f}" for value in rand),
+    )
+
+
+def _new(run: Any, *names: str) -> float | None:
+    found = run.selectors.get("new_clients") or {}
+    held = next((found[name] for name in names if name in found), None)
+    return mean(held.values()) if held else None
+
+
+def _differences(section: Section) -> Table:
+    first = section.methods[0]
+    rows = []
+    for method in section.methods[1:]:
+        found = compare(method, first)
+        if found is not None:
+            interval = [100 * bound for bound in found.interval] if found.interval else None
+            told = f"{interval[0]:+.1f} to {interval[1]:+.1f}" if interval else ""
+            rows.append((method.name, f"{100 * found.mean:+.1f}", told, f"{found.better} / {found.worse}"))
+    return (f"points more than {first.name}, client by client", "mean", "95% interval", "clients better / worse"), rows
+
+
+def _calibration(section: Section) -> Table:
+    header = ("calibration", "loss", "calibration error", "temperature", "loss at it", "calibration error at it")
+    rows = [
+        (
+            method.name,
+            _mean(method.row("loss")),
+            _mean(method.row("calibration_error")),
+            _mean(method.each(lambda run: run.selectors.get("temperature")), 2),
+            _mean(method.row("loss_at_temperature")),
+            _mean(method.row("calibration_error_at_temperature")),
+        )
+        for method in section.methods
+    ]
+    return header, rows
+
+
+def _cost(section: Section) -> Table:
+    header = ("cost of a run", "rounds", "MB up", "MB down", "minutes")
+    rows = [
+        (
+            method.name,
+            _mean(method.each(lambda run: len(run.rounds)), 0),
+            _mean(method.each(lambda run: run.total("bytes_up") / 1e6), 0),
+            _mean(method.each(lambda run: run.total("bytes_down") / 1e6), 0),
+            _mean(method.each(lambda run: sum(r["seconds"] for r in run.timings if r["stage"] == "selectors") / 60), 0),
+        )
+        for method in section.methods
+    ]
+    return header, rows
+
+
+def _figures(section: Section) -> list[tuple[str, str]]:
+    height = 90 + 34 * len(section.methods)
+    said = f"Dot plot: agreement with held-out choices of {len(section.methods)} methods, with 95% intervals."
+    figures = [("agreement", _standalone(draw("agreement", said, height, lambda figure: _dots(figure, section))))]
+    if any(len(curves(method)) > 1 for method in section.methods):
+        height = 300 + 18 * len(section.methods)
+        said = "Line chart: validation accuracy of each method by round."
+        figures.append(("rounds", _standalone(draw("rounds", said, height, lambda figure: _lines(figure, section)))))
+    return figures
+
+
+def _dots(figure: Figure, section: Section) -> None:
+    axes = figure.subplots()
+    for y, method in enumerate(section.methods):
+        value, interval = mean_and_interval(method.by_client(), (method.name,))
+        low, high = interval or (value, value)
+        axes.plot([low, high], [y, y], color=colour("main"), linewidth=3, solid_capstyle="round")
+        seeds = [mean(accuracies.values()) for accuracies in method.by_client().values()]
+        axes.plot(seeds, [y] * len(seeds), linestyle="", marker="|", markersize=12, color=colour("muted"))
+        axes.plot(value, y, color=colour("main"), marker="o", markersize=9)
+    axes.axvline(0.5, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_yticks(range(len(section.methods)), [method.name for method in section.methods])
+    axes.set_ylim(len(section.methods) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.set_xlabel("share of held-out choices agreed with")
+    percents(axes.xaxis)
+
+
+def _lines(figure: Figure, section: Section) -> None:
+    axes = figure.subplots()
+    for number, method in enumerate(section.methods):
+        points = curves(method)
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), color=colour_of(number), marker=marker_of(number), label=method.name)
+    axes.axhline(0.5, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.set_xlabel("round")
+    percents(axes.yaxis)
+    whole_numbers(axes.xaxis)
+    figure.legend(loc="outside upper left", ncols=1)
+
+
+def _standalone(svg: str) -> str:
+    """The element as a file of its own: the page's variables as the colours of its light theme, on white."""
+    svg = re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: LIGHT[found[1]], svg)
+    return svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [list(header), ["---"] + ["---:"] * (len(header) - 1), *map(list, rows)]
+    used = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
+    return ["| " + " | ".join(line[i].replace("|", "\\|") for i in used) + " |" for line in lines]
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
+
+
+def _mean(values: Sequence[float | None], digits: int = 3) -> str:
+    held = [value for value in values if value is not None]
+    return f"{mean(held):.{digits}f}" if held else ""
