@@ -42,7 +42,7 @@ app = App(
         "Every command takes --help, and --debug for the traceback of an error."
     ),
 )
-data_app = App(name="data", help="Look at data files before they are used.", help_format="plaintext", sort_key=8)
+data_app = App(name="data", help="Look at data files before they are used.", help_format="plaintext", sort_key=9)
 app.command(data_app)
 
 Source = Annotated[Path, Parameter(help="a config file, or the folder of a run, which is continued")]
@@ -154,7 +154,29 @@ def report(config: Source, /) -> None:
     print(write_report(_run_dir(cfg)))
 
 
-@app.command(name="config", sort_key=7)
+@app.command(sort_key=7)
+def compare(
+    *runs: Annotated[Path, Parameter(help="folders of evaluated runs", required=True)],
+    out: Annotated[
+        Path | None, Parameter(help="write Markdown there, with figures beside it", show_default=False)
+    ] = None,
+) -> None:
+    """Put runs side by side: agreement with people, differences client by client, calibration, cost.
+
+    Runs that differ by their seed alone are one row; the first row is what the others are compared with.
+
+    Example: fedbiscuit compare runs/fedbis-seed* runs/fedbiscuit-seed* --out comparison.md
+    """
+    from fedbiscuit.report import comparison_tables, write_comparison
+    from fedbiscuit.terminal import print_comparison
+
+    if out is None:
+        print_comparison(comparison_tables(runs))
+    else:
+        print("\n".join(map(str, write_comparison(runs, out))))
+
+
+@app.command(name="config", sort_key=8)
 def show_config(
     config: Annotated[Path | None, Parameter(help="a config file, or the folder of a run")] = None,
     /,

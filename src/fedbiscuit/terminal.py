@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["ProgressLines", "clean", "print_error", "print_evaluation", "print_next"]
+__all__ = ["ProgressLines", "clean", "print_comparison", "print_error", "print_evaluation", "print_next"]
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -128,6 +128,17 @@ def print_evaluation(evaluation: Mapping[str, Any]) -> None:
             )
 
 
+def print_comparison(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
+    """Tables of runs side by side, each as wide as it is."""
+    title = None
+    for heading, header, rows in tables:
+        if heading != title:
+            print(f"\n{clean(heading)}")
+            title = heading
+        print()
+        _print_table(header, rows, width=1000)
+
+
 def print_next(report: str, next_commands: Sequence[tuple[str, str]]) -> None:
     """Where the report is, and what to try next."""
     print(f"\nReport: {clean(report)}\n\nNext:")
@@ -145,7 +156,7 @@ def _wins(judge: Mapping[str, Any]) -> tuple[str, ...]:
     return _percent(judge["win_rate"]), _interval(judge.get("interval")), _record(judge)
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 110) -> None:
     """Aligned columns: the first to the left, the others to the right; bold header on a terminal."""
     from rich.console import Console
     from rich.table import Table
@@ -156,8 +167,8 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    for line in console.render_lines(table, console.options.update(width=min(console.width - 2, 110)), pad=False):
+    console = Console() if sys.stdout.isatty() else Console(width=1000)
+    for line in console.render_lines(table, console.options.update(width=min(console.width - 2, width)), pad=False):
         text = "".join(segment.text for segment in line).rstrip()
         console.print(Text("  " + text))
 

@@ -363,3 +363,74 @@ def test_early_stopping_waits_for_the_end_of_the_warm_up():
     assert not _gave_up(warmup, 2)
     assert not _gave_up([*warmup, row("federated", 0.8), row("federated", 0.7)], 2)
     assert _gave_up([*warmup, *(row("federated", loss) for loss in (0.6, 0.7, 0.65))], 2)
+
+
+def test_new_clients_take_part_in_nothing_and_are_served_all_the_same(tmp_path, tiny_model):
+    write_world(tmp_path / "world.jsonl", num_clients=8)
+    changes = ("data.partition.new_clients=0.25", "evaluation.compare_global=false", "selectors.grouping_comparisons=6")
+    cfg = settings(tmp_path, tiny_model, *changes)
+    run = pipeline.train_selectors(cfg)
+    pipeline.evaluate(cfg)
+    found = json.loads((run / "evaluation.json").read_text())["selectors"]
+    taking_part = set(found["clients"])
+    new = set(found["new_clients"]["new clients, the best fitting selector"])
+    assert len(taking_part) == 6
+    assert len(new) == 2
+    assert not new & taking_part
+    rows = lines(run / "metrics.jsonl")
+    assert all(set(row["cohort"]) | set(row.get("grouping", {})) <= taking_part for row in rows)
+    assert set(json.loads((run / "selectors/groups.json").read_text())["adapter_of"]) == taking_part
+    names = [row["name"] for row in found["rows"]]
+    assert names[-4:] == [
+        "new clients, the best fitting selector", "new clients, vote of all selectors", "new clients, the longer answer",
+        "chance",
+    ]  # fmt: skip
+    assert found["temperature"] > 0
+    assert found["rows"][0]["loss_at_temperature"] > 0
+    assert json.loads((run / "left_out.json").read_text())["new_clients"] == 2
+
+
+def test_groups_that_the_data_names_can_be_told(tmp_path, tiny_model):
+    changes = ("selectors.grouping=fixed", "selectors.warmup_rounds=0", "evaluation.compare_global=false")
+    run = pipeline.train_selectors(settings(tmp_path, tiny_model, *changes))
+    pipeline.evaluate(settings(tmp_path, tiny_model, *changes))
+    assert json.loads((run / "evaluation.json").read_text())["selectors"]["adjusted_rand_index"] == 1.0
+    with pytest.raises(ConfigError, match="the data names 2 groups; set it to 2"):
+        pipeline.train_selectors(settings(tmp_path, tiny_model, *changes, "selectors.num_adapters=3", name="three"))
+
+
+def test_runs_side_by_side_are_tables_and_figures_and_the_same_bytes_each_time(tmp_path, tiny_model, capsys):
+    from fedbiscuit.cli import main
+
+    folders = []
+    for name, changes in (
+        ("bis-0", ("selectors.num_adapters=1",)),
+        ("bis-1", ("selectors.num_adapters=1", "seed=1")),
+        ("biscuit-0", ("evaluation.compare_global=false",)),
+    ):
+        cfg = settings(tmp_path, tiny_model, *changes, name=name)
+        folders.append(str(pipeline.train_selectors(cfg)))
+        if name == "bis-1":
+            capsys.readouterr()
+            assert main(["compare", *folders]) == 2
+            assert "bis-0: has no evaluated selectors; run `fedbiscuit evaluate" in capsys.readouterr().err.replace(
+                "\n", " "
+            )
+    for folder in folders:
+        assert main(["evaluate", folder]) == 0
+    capsys.readouterr()
+    assert main(["compare", *folders]) == 0
+    shown = capsys.readouterr().out
+    assert "6 clients with 24 test comparisons" in shown
+    assert "FedBiscuit, U = 2, vote" in shown
+    out = tmp_path / "docs" / "comparison.md"
+    out.parent.mkdir()
+    assert main(["compare", *folders, "--out", str(out)]) == 0
+    text = out.read_text()
+    held = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    assert set(held) == {"comparison.md", "comparison-0-agreement.svg", "comparison-0-rounds.svg"}
+    assert "| FedBis | 2 |" in text
+    assert "](comparison-0-rounds.svg)" in text
+    assert b"var(--" not in held["comparison-0-agreement.svg"]
+    assert main(["compare", *folders, "--out", str(out)]) == 0
+    assert held == {path.name: path.read_bytes() for path in out.parent.iterdir()}

@@ -17,6 +17,7 @@ from fedbiscuit.federated.algorithm import (
     assign,
     fedbiscuit_round,
     init_state,
+    local_training,
     phase_of,
     regroup_is_due,
     sample_cohort,
@@ -623,3 +624,20 @@ def test_many_rounds_bring_each_camp_its_own_adapter() -> None:
         frozenset(list(wishes)[1::2]),
     }
     assert sorted(round(value(state, u)) for u in (0, 1)) == [-1, 1]
+
+
+def test_the_learning_rate_falls_evenly_in_the_last_rounds() -> None:
+    cfg = biscuit(rounds=10, lr_decay=0.4)
+    rates = [local_training(round, cfg).lr / cfg.local.lr for round in range(10)]
+    assert rates == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
+    assert [local_training(round, biscuit(rounds=10)) for round in range(10)] == [cfg.local.as_local()] * 10
+
+
+def test_clients_are_told_the_rate_of_their_round() -> None:
+    cfg = biscuit(rounds=4, num_adapters=1, warmup_rounds=0, lr_decay=1.0)
+    town, state, seen = Town(FOUR), init_state([adapter()]), []
+    for _ in range(4):
+        town.asked.clear()
+        state, _record = fedbiscuit_round(state, town, cfg, 0)
+        seen.append({task.local.lr / cfg.local.lr for task in town.of_kind("train") if task.local})
+    assert seen == [{1.0}, {0.75}, {0.5}, {0.25}]

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from fedbiscuit.evaluation.metrics import Judged, bootstrap_interval, calibration, longer_answer, summarize
-from fedbiscuit.evaluation.selectors import ClientMargins, judge_by_group, judge_by_vote, score_clients
+from fedbiscuit.evaluation.selectors import ClientMargins, fit_temperature, judge_by_group, judge_by_vote, score_clients
 from fedbiscuit.evaluation.winrate import win_rate
 from fedbiscuit.types import Comparison
 
 
 def judged(probability, choice):
     n = len(choice)
-    return Judged(np.array(probability), np.array(choice), np.zeros(n), np.zeros(n))
+    return Judged(np.array(probability), np.array(choice), np.zeros(n), np.zeros((n, 2)))
 
 
 def test_accuracy_is_a_mean_over_clients_and_one_over_comparisons_and_undecided_counts_half():
@@ -48,6 +48,61 @@ def test_the_bootstrap_interval_is_about_two_standard_errors_and_a_function_of_i
     low, high = bootstrap_interval(values, ("k",), 4000)
     assert high - low == pytest.approx(2 * 1.96 * np.std(values) / 10, rel=0.1)
     assert bootstrap_interval(values, ("k",), 50) == bootstrap_interval(values, ("k",), 50)
+
+
+def test_each_order_alone_is_judged_beside_their_average():
+    # shown as (A, B): says A, A, B; as (B, A): says the first, B; the second, A; the second, A
+    margins = torch.tensor([[[1.0, 3.0], [2.0, -1.0], [-1.0, -2.0]]])
+    scores = {"ann": ClientMargins(margins, np.array([1, 0, 0]))}
+    one = judge_by_group(scores, {"ann": 0})["ann"]
+    assert one.in_order.tolist() == [[0, 1], [1, 1], [0, 1]]
+    assert one.flipped.tolist() == [1, 0, 1]
+    assert one.correct.tolist() == [1, 1, 1]
+    row = summarize("x", {"ann": one}, (0,), 10)
+    assert row["accuracy_in_order"] == pytest.approx([1 / 3, 1.0])
+    assert (row["accuracy"], row["flip_rate"]) == (1.0, pytest.approx(2 / 3))
+
+
+def test_the_longer_answer_agrees_alike_in_both_orders():
+    one = longer_answer([Comparison("q", "long one", "x", 0), Comparison("q", "long one", "x", 1)])
+    assert one.in_order.tolist() == [[1, 1], [0, 0]]
+
+
+def margins_of(margin, choice):
+    """One client and selector whose averaged margin is the given one."""
+    margin = torch.tensor(margin)
+    return {"ann": ClientMargins(torch.stack([margin, -margin], dim=-1)[None], np.array(choice))}
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
+def test_the_fitted_temperature_is_the_best_of_many_and_grows_with_the_margins(scale):
+    generator = torch.Generator().manual_seed(0)
+    margin = torch.randn(200, generator=generator) * scale
+    choice = (torch.rand(200, generator=generator) > torch.sigmoid(margin / scale / 1.7)).long()
+    scores = margins_of(margin.tolist(), choice.numpy())
+    found = fit_temperature(scores, {"ann": 0})
+
+    def loss(temperature):
+        return judge_by_group(scores, {"ann": 0}, temperature)["ann"].loss.mean()
+
+    assert loss(found) <= min(loss(t) for t in np.geomspace(0.05, 20, 400)) + 1e-9
+    same = fit_temperature(margins_of((margin * 2).tolist(), choice.numpy()), {"ann": 0})
+    assert same == pytest.approx(2 * found, rel=1e-3)
+
+
+def test_a_temperature_stays_within_its_bounds_and_needs_comparisons():
+    assert fit_temperature(margins_of([1.0, 2.0], [0, 0]), {"ann": 0}) == pytest.approx(0.05)
+    assert fit_temperature(margins_of([1.0, 2.0], [1, 1]), {"ann": 0}) == pytest.approx(20)
+    assert fit_temperature({}, {}) is None
+
+
+def test_a_row_at_a_temperature_has_its_loss_and_calibration_beside():
+    scores = margins_of([3.0, 3.0, 3.0, 3.0], [0, 0, 0, 1])
+    raw, cooled = (judge_by_group(scores, {"ann": 0}, t) for t in (1.0, 3.0 / np.log(3.0)))
+    row = summarize("x", raw, (0,), 10, cooled)
+    assert row["calibration_error"] == pytest.approx(1 / (1 + np.exp(-3)) - 0.75)
+    assert row["calibration_error_at_temperature"] == pytest.approx(0.0, abs=1e-9)
+    assert row["loss_at_temperature"] < row["loss"]
 
 
 def test_mistake_06_every_client_is_evaluated_with_the_selector_of_its_own_group():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedbiscuit.config import PartitionSettings
 from fedbiscuit.data.comparisons import read_comparisons
-from fedbiscuit.data.partition import divide, partition, pooled
+from fedbiscuit.data.partition import divide, named_groups, partition, pooled, set_apart
 from fedbiscuit.data.records import pair_of
 from fedbiscuit.types import ClientData, Comparison, ConfigError, DataError
 
@@ -353,3 +353,27 @@ def train_of(share: ClientData):
 
 def held_of(share: ClientData):
     return share.validation + share.test
+
+
+@given(st.sets(st.text(min_size=1), min_size=2), st.floats(0.01, 0.99), st.integers(0, 5))
+def test_new_clients_are_a_share_of_all_never_none_and_never_everybody(clients, share, seed):
+    apart = set_apart(clients, share, seed)
+    assert apart < clients
+    assert apart
+    assert abs(len(apart) - share * len(clients)) <= 1
+    assert apart == set_apart(sorted(clients, reverse=True), share, seed)
+    assert set_apart(clients, 0.0, seed) == set()
+
+
+def test_one_client_cannot_be_set_apart():
+    with pytest.raises(ConfigError, match="new_clients"):
+        set_apart(["ann"], 0.5, 0)
+
+
+def test_groups_are_named_by_the_data_only_where_each_client_has_one():
+    def data(*groups):
+        return ClientData(tuple(Comparison("q", "a", "b", 0, meta={"group": g} if g else {}) for g in groups), (), ())
+
+    assert named_groups({"ann": data("x", "x"), "bo": data("w"), "cy": data("x", None)}) == {"ann": 1, "bo": 0, "cy": 1}
+    assert named_groups({"ann": data("x"), "bo": data(None)}) is None
+    assert named_groups({"ann": data("x", "y")}) is None

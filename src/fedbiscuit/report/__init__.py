@@ -2,14 +2,16 @@
 
 ``reading.py`` takes from the folder what the page needs, ``words.py`` says it in sentences, ``plots.py`` and ``charts.py``
 draw it on the canvas of ``canvas.py``, ``page.py`` puts the page together from the pieces of ``markup.py``, and
-``style.py`` has its colours. matplotlib is imported when the first figure is drawn.
+``style.py`` has its colours. Several folders become tables side by side: ``comparison.py`` reads them, ``sidebyside.py``
+writes. matplotlib is imported when the first figure is drawn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["write_report"]
+__all__ = ["comparison_tables", "write_comparison", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -26,3 +28,21 @@ def write_report(run_dir: Path) -> Path:
     path = Path(run_dir) / "report.html"
     atomic_write(path, render(read_run(Path(run_dir))))
     return path
+
+
+def comparison_tables(run_dirs: Sequence[Path]) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
+    """Evaluated runs side by side, as tables: a title, a header and rows of texts each.
+
+    Raises ``ConfigError`` for a folder that is no evaluated run.
+    """
+    from fedbiscuit.report.comparison import read_sections
+    from fedbiscuit.report.sidebyside import tables_of
+
+    return [(section.title, *table) for section in read_sections(run_dirs) for table in tables_of(section)]
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> list[Path]:
+    """The same as Markdown in ``out``, with figures beside it; the paths of what was written."""
+    from fedbiscuit.report.sidebyside import write_markdown
+
+    return write_markdown(run_dirs, out)

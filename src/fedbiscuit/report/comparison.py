@@ -176,10 +176,18 @@ def _settings(cfg: Config) -> dict[str, str]:
             for key, inner in value.items():
                 walk(inner, f"{path}.{key}" if path else str(key))
         else:
-            flat[path] = str(value)
+            flat[path] = _told(value)
 
     walk(cfg.model_dump(), "")
     return flat
+
+
+def _told(value: Any) -> str:
+    """A value in words; whole numbers that follow each other as a range."""
+    numbers = list(value) if isinstance(value, tuple) and all(type(one) is int for one in value) else []
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return str(value)
 
 
 def _what_differs(settings: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> str:

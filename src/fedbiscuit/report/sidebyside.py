@@ -16,13 +16,13 @@ from fedbiscuit.rundir import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["comparison_tables", "write_comparison"]
+__all__ = ["tables_of", "write_markdown"]
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Header and rows."""
 
 
-def write_comparison(run_dirs: Sequence[Path], out: Path) -> list[Path]:
+def write_markdown(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     """Write the tables to ``out`` as Markdown, with two SVG figures a section beside it; the files written.
 
     From the same run folders the same bytes come out.
@@ -30,7 +30,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     written, text = [], ["# Runs compared", ""]
     for number, section in enumerate(read_sections(run_dirs)):
         text += [f"## {section.title}", ""]
-        for header, rows in comparison_tables(section).values():
+        for header, rows in tables_of(section):
             text += [*_markdown(header, rows), ""]
         for name, svg in _figures(section):
             path = out.with_name(f"{out.stem}-{number}-{name}.svg")
@@ -41,14 +41,15 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> list[Path]:
     return [out, *written]
 
 
-def comparison_tables(section: Section) -> dict[str, Table]:
-    """The tables of a section: how often people are agreed with, calibration, differences to the first row, cost."""
-    return {
-        "agreement": _agreement(section),
-        "differences": _differences(section),
-        "calibration": _calibration(section),
-        "cost": _cost(section),
-    }
+def tables_of(section: Section) -> list[Table]:
+    """How often people are agreed with, differences to the first row, calibration, cost; empty columns are left out."""
+    made = (_agreement(section), _differences(section), _calibration(section), _cost(section))
+    tables: list[Table] = []
+    for header, rows in made:
+        used = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
+        if rows:
+            tables.append(([header[i] for i in used], [[row[i] for i in used] for row in rows]))
+    return tables
 
 
 def _agreement(section: Section) -> Table:
@@ -206,11 +207,8 @@ def _standalone(svg: str) -> str:
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    if not rows:
-        return []
-    lines = [list(header), ["---"] + ["---:"] * (len(header) - 1), *map(list, rows)]
-    used = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
-    return ["| " + " | ".join(line[i].replace("|", "\\|") for i in used) + " |" for line in lines]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def _share(value: float) -> str:

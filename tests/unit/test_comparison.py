@@ -1,0 +1,80 @@
+"""Runs side by side, on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedbiscuit.config import parse_config
+from fedbiscuit.report.comparison import Method, Section, _methods, compare, mean_and_interval
+from fedbiscuit.report.reading import RunView
+from fedbiscuit.report.sidebyside import tables_of
+from fedbiscuit.types import ConfigError
+
+
+def run(accuracies: dict[str, float], *overrides: str, **more: float) -> RunView:
+    """A run with one test comparison accuracy a client."""
+    clients = {
+        client: {"adapter": 0, "accuracy": accuracy, "comparisons": 10, "baseline_longer": 0.5}
+        for client, accuracy in accuracies.items()
+    }
+    row = {"name": "own", "accuracy_comparisons": 0.5, "accuracy_in_order": [0.4, 0.6], "flip_rate": 0.25, **more}
+    return RunView(parse_config("", overrides), "", evaluation={"selectors": {"rows": [row], "clients": clients}})
+
+
+def test_a_difference_is_taken_client_by_client_and_seed_by_seed():
+    old = Method("old", (run({"ann": 0.5, "bo": 0.6}, "seed=0"), run({"ann": 0.7, "cy": 0.1}, "seed=1")))
+    new = Method("new", (run({"ann": 0.6, "bo": 0.5}, "seed=0"), run({"ann": 1.0, "bo": 0.9}, "seed=1")))
+    found = compare(new, old)
+    assert found is not None
+    assert found.mean == pytest.approx((0.2 - 0.1) / 2)  # ann: (0.1 + 0.3) / 2, bo: -0.1; cy is in one of them only
+    assert (found.better, found.worse, found.interval) == (1, 1, None)
+    assert compare(Method("x", (run({"ann": 1.0}, "seed=7"),)), old) is None
+
+
+def test_the_paired_interval_is_narrow_where_all_clients_gain_alike():
+    base = {f"c{i}": 0.1 * i for i in range(10)}
+    better = {client: accuracy + 0.05 for client, accuracy in base.items()}
+    found = compare(Method("b", (run(better),)), Method("a", (run(base),)))
+    assert found is not None
+    assert found.interval is not None
+    assert found.interval == pytest.approx([0.05, 0.05])
+    _, wide = mean_and_interval(Method("a", (run(base),)).by_client(), ("a",))
+    assert wide is not None
+    assert wide[1] - wide[0] > 0.2
+
+
+def test_seeds_are_averaged_after_clients():
+    value, _ = mean_and_interval({0: {"ann": 0.0, "bo": 1.0}, 1: {"ann": 1.0}}, ("x",))
+    assert value == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_runs_of_one_kind_are_named_by_what_differs_and_seeds_are_one_row():
+    biscuit = ("selectors.num_adapters=2", "selectors.warmup_rounds=1")
+    layers = "model.lora.layers_to_transform=[3, 4, 5]"
+    runs = [run({"ann": 0.5}, f"seed={seed}", *biscuit, f"name=r{seed}") for seed in (1, 0)]
+    runs += [run({"ann": 0.5}, "selectors.num_adapters=1"), run({"ann": 0.5}, *biscuit, layers)]
+    runs += [run({"ann": 0.5}, *biscuit, "selectors.grouping=fixed"), run({"ann": 0.5}, "selectors.population=local")]
+    methods = list(_methods(runs))
+    assert [(method.name, method.seeds) for method in methods] == [
+        ("FedBiscuit, U = 2, layers_to_transform ()", (0, 1)),
+        ("FedBis", (0,)),
+        ("FedBiscuit, U = 2, layers_to_transform 3 to 5", (0,)),
+        ("told the 2 groups", (0,)),
+        ("local only", (0,)),
+    ]
+
+
+def test_the_same_run_twice_is_refused():
+    with pytest.raises(ConfigError, match="same seed"):
+        list(_methods([run({"ann": 0.5}), run({"ann": 0.6}, "name=again", "evaluation.num_prompts=3")]))
+
+
+def test_tables_have_no_empty_columns_and_every_method():
+    section = Section("t", (Method("one", (run({"ann": 0.5, "bo": 0.7}),)), Method("two", (run({"ann": 0.6}),))))
+    agreement, differences, *_ = tables_of(section)
+    assert [row[0] for row in agreement[1]] == ["one", "two", "the longer answer"]
+    assert "new clients" not in agreement[0]
+    assert "adjusted Rand index" not in agreement[0]
+    assert agreement[1][0][:2] == ["one", "1"]
+    assert "0.600" in agreement[1][0]
+    assert differences[1] == [["two", "+10.0", "1 / 0"]]

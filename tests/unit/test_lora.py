@@ -1,0 +1,96 @@
+"""The fused LoRA layer against PEFT's own, values and gradients; and finite differences."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbiscuit.models.lora import _LoraLinear, fuse_lora
+
+
+def layer(bias: bool, dropout: float, sizes: tuple[int, int], rank: int, seed: int = 0) -> torch.nn.Module:
+    """One linear layer with an adapter that does something, wrapped by PEFT."""
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Linear(*sizes, bias=bias)).requires_grad_(False)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=3.0, lora_dropout=dropout, target_modules=["0"], init_lora_weights=False
+    )
+    return peft.get_peft_model(module, config)
+
+
+def run(model: torch.nn.Module, x: torch.Tensor, freeze_a: bool) -> list[torch.Tensor]:
+    """Output and gradients of x, A and B."""
+    x = x.clone().requires_grad_()
+    a, b = (p for n, p in sorted(model.named_parameters()) if "lora_" in n)
+    a.requires_grad_(not freeze_a)
+    a.grad = b.grad = None
+    torch.manual_seed(1)
+    out = model(x)
+    (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
+    return [out.detach(), x.grad, b.grad, *([] if freeze_a else [a.grad])]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.tuples(st.integers(1, 3), st.integers(1, 5)),
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    rank=st.integers(1, 4),
+    bias=st.booleans(),
+    freeze_a=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.4]),
+    training=st.booleans(),
+)
+def test_a_fused_layer_equals_pefts(rows, sizes, rank, bias, freeze_a, dropout, training):
+    model = layer(bias, dropout, sizes, rank).train(training)
+    model.double()
+    x = torch.randn(*rows, sizes[0], dtype=torch.double)
+    expected = run(model, x, freeze_a)
+    assert fuse_lora(model) == 1
+    for ours, theirs in zip(run(model, x, freeze_a), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_its_gradients_are_those_of_finite_differences(dropped):
+    torch.manual_seed(0)
+    x, weight, a, b = (torch.randn(size, dtype=torch.double) for size in ((3, 5), (4, 5), (2, 5), (4, 2)))
+    free = [tensor.requires_grad_() for tensor in (x, a, b)]
+    read = torch.randn(3, 5, dtype=torch.double).requires_grad_() if dropped else None
+
+    def call(x, a, b, read=read):
+        return _LoraLinear.apply(x, read, weight, None, a, b, 0.7)
+
+    assert torch.autograd.gradcheck(call, (*free, read) if dropped else free)
+
+
+def test_the_adapter_can_still_be_switched_off_and_the_lowest_layer_needs_no_gradient_of_its_input():
+    model = layer(True, 0.0, (4, 3), 2)
+    x = torch.randn(2, 4)
+    with model.disable_adapter():
+        plain = model(x)
+    fuse_lora(model)
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain)
+    out = model(x)
+    assert not torch.allclose(out, plain)
+    out.sum().backward()
+    assert x.grad is None
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_an_adapter_in_another_dtype_than_its_layer_keeps_pefts_way():
+    model = layer(False, 0.0, (4, 3), 2)
+    model.base_model.model[0].base_layer.to(torch.bfloat16)
+    x = torch.randn(2, 4, dtype=torch.bfloat16)
+    expected = model(x)
+    fuse_lora(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_layers_of_another_kind_are_left_alone():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    model = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    assert fuse_lora(model) == 0
