@@ -35,7 +35,7 @@ check: $(DEV)
 	$(BIN)/lint-imports
 
 bench: $(DEV)
-	$(BIN)/python benchmarks/trees.py
+	$(BIN)/python benchmarks/speed.py
 
 quality: $(DEV)
 	$(BIN)/python -m pytest -m quality -s

@@ -1,5 +1,8 @@
 """The policy writes: several completions a prompt, from one prefill, each a function of its own key.
 
+Prompts are packed (``trees.py``) and their keys and values kept once for all completions (``decoding.py``); a row that has
+ended costs nothing more.
+
 A completion depends on (seed, prompt, number of the completion) and on the logits; not on which other prompts share its
 batch, but for the last bits of floating point.
 """
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedbiscuit.models.decoding import Cache
 from fedbiscuit.models.lm import LM
 from fedbiscuit.types import seed_for
 
@@ -52,40 +56,25 @@ def generate(
     tokens: list[list[int]] = [[] for _ in range(rows)]
     finished = [False] * rows
     lm.model.eval()
-    with lm.padded() as model:
-        ids, mask = _left_pad(prompts, lm.end, lm.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        cache.batch_repeat_interleave(num_completions)
-        logits = out.logits[:, -1].float().repeat_interleave(num_completions, 0)
-        mask = mask.repeat_interleave(num_completions, 0)
-        position = positions[:, -1].repeat_interleave(num_completions, 0)
-        live = list(range(rows))
-        for step in range(how.max_new_tokens):
-            uniform = torch.stack([torch.rand((), generator=draws[row]) for row in live])
-            chosen = _sample(logits, how, uniform.to(lm.device))
-            for row, token in zip(live, chosen.tolist(), strict=True):
-                tokens[row].append(token)
-                finished[row] = token in ends
-            stay = [i for i, row in enumerate(live) if not finished[row]]
-            if not stay or step + 1 == how.max_new_tokens:
-                break
-            if len(stay) < len(live):
-                keep = torch.tensor(stay, device=lm.device)
-                cache.batch_select_indices(keep)
-                chosen, mask, position = chosen[keep], mask[keep], position[keep]
-                live = [live[i] for i in stay]
-            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            position = position + 1
-            out = model(
-                input_ids=chosen[:, None],
-                attention_mask=mask,
-                position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = out.logits[:, -1].float()
+    forest = lm.pack(prompts)
+    cache = Cache(forest.paths, num_completions, lm.device)
+    logits = lm.logits(lm.prefill(forest, cache)[forest.last]).repeat_interleave(num_completions, 0)
+    live = list(range(rows))
+    for step in range(how.max_new_tokens):
+        uniform = torch.stack([torch.rand((), generator=draws[row]) for row in live])
+        chosen = _sample(logits, how, uniform.to(lm.device))
+        for row, token in zip(live, chosen.tolist(), strict=True):
+            tokens[row].append(token)
+            finished[row] = token in ends
+        stay = [i for i, row in enumerate(live) if not finished[row]]
+        if not stay or step + 1 == how.max_new_tokens:
+            break
+        if len(stay) < len(live):
+            keep = torch.tensor(stay, device=lm.device)
+            cache.select(keep)
+            chosen = chosen[keep]
+            live = [live[i] for i in stay]
+        logits = lm.logits(lm.next_hidden(chosen, cache))
     done = [Completion(tuple(t), lm.decode(t).strip(), end) for t, end in zip(tokens, finished, strict=True)]
     return [done[i : i + num_completions] for i in range(0, rows, num_completions)]
 
@@ -94,22 +83,14 @@ def _sample(logits: Tensor, how: Sampling, uniform: Tensor) -> Tensor:
     """(n,) tokens from (n, vocabulary) logits by inverting the cumulative distribution at (n,) uniform draws."""
     if how.temperature == 0:
         return logits.argmax(-1)
-    probabilities, order = torch.softmax(logits / how.temperature, -1).sort(-1, descending=True)
-    cumulative = probabilities.double().cumsum(-1)
-    total = cumulative[:, -1]
+    probabilities = torch.softmax(logits / how.temperature, -1)
     if how.top_p < 1:
-        inside = cumulative - probabilities < how.top_p
-        total = torch.where(inside, cumulative, 0).max(-1).values
-    place = torch.searchsorted(cumulative, (uniform.double() * total)[:, None], right=True)
-    return order.gather(-1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
-
-
-def _left_pad(prompts: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(n, longest) ids and 0/1 mask with the padding on the left."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[fill] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask
+        ranked, order = probabilities.sort(-1, descending=True)
+        outside = ranked.cumsum(-1) - ranked >= how.top_p
+        probabilities = probabilities.scatter(-1, order, ranked.masked_fill(outside, 0.0))
+    cumulative = probabilities.double().cumsum(-1)
+    place = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True)
+    return place.clamp(max=logits.shape[-1] - 1)[:, 0]
 
 
 def _end_tokens(lm: LM) -> set[int]:

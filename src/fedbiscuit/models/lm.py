@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedbiscuit.config import LoraSettings, ModelSettings
+from fedbiscuit.models.decoding import Cache
 from fedbiscuit.models.lora import fuse_lora
 from fedbiscuit.models.trees import ATTENTION, Forest, pack, tree_attention
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError, Weights, seed_for
@@ -134,6 +135,20 @@ class LM:
         with self._skipping(range(self._trunk_size)):
             return self._run(forest, inputs_embeds=trunk[None])
 
+    def prefill(self, forest: Forest, cache: Cache) -> Tensor:
+        """(T, d) last hidden states of packed prompts, whose keys and values the cache keeps."""
+        return self._run(forest, cache, input_ids=forest.tokens[None])
+
+    def next_hidden(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """(R, d) last hidden states of one new token, (R,), in each row of the cache."""
+        positions = cache.positions
+        out = self._causal.base_model(
+            input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False, cache=cache
+        )
+        cache.advance()
+        hidden: Tensor = out.last_hidden_state[:, 0]
+        return hidden
+
     @property
     def has_trunk(self) -> bool:
         """Whether there are layers below all adapters, in an architecture that allows to compute them apart."""
@@ -164,9 +179,9 @@ class LM:
             log.info("%s: lower layers are computed again for each adapter", self.name)
             self._trunk_size = 0
 
-    def _run(self, forest: Forest, **inputs: Tensor) -> Tensor:
+    def _run(self, forest: Forest, cache: Cache | None = None, **inputs: Tensor) -> Tensor:
         body = self._causal.base_model
-        out = body(**inputs, position_ids=forest.positions[None], use_cache=False, forest=forest)
+        out = body(**inputs, position_ids=forest.positions[None], use_cache=False, forest=forest, cache=cache)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
@@ -477,12 +492,22 @@ def _check_fast_path(lm: LM) -> None:
         with lm.padded() as model:
             theirs = torch.stack([model(torch.tensor([s], device=lm.device)).logits[0, -1].float() for s in sequences])
         lm.check_trunk(forest)
+        ours = torch.cat([ours, _decoded(lm, sequences)])
+        theirs = torch.cat([theirs, theirs])
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error < (1e-3 if ours.dtype == lm._causal.dtype else 0.1):
         raise ConfigError(
             f"model.base: {lm.name}: packed and plain computation differ by {error:.1e}; this architecture does something "
             "to attention or logits that fedbiscuit does not know, so it cannot be used"
         )
+
+
+def _decoded(lm: LM, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """(n, vocabulary) logits after each sequence, whose last token follows the others in a step of its own."""
+    forest = lm.pack([sequence[:-1] for sequence in sequences])
+    cache = Cache(forest.paths, 1, lm.device)
+    lm.prefill(forest, cache)
+    return lm.logits(lm.next_hidden(torch.tensor([s[-1] for s in sequences], device=lm.device), cache))
 
 
 def _device(name: str) -> torch.device:

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedbiscuit.models.decoding import Cache
+
 __all__ = ["ATTENTION", "Forest", "pack", "tree_attention"]
 
 ATTENTION = "fedbiscuit_tree"
@@ -163,12 +165,19 @@ def tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     forest: Forest | None = None,
+    cache: Cache | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer over a packed row: query (1, heads, T, size) -> (1, T, heads, size).
 
-    Has the signature of transformers' attention functions; ``forest`` comes through the keyword arguments of the model.
+    Has the signature of transformers' attention functions; ``forest`` comes through the keyword arguments of the model. So
+    does ``cache``: with a forest it takes the keys and values of the row, without one it holds what a next token sees.
     """
+    layer: Any = getattr(module, "layer_idx", None)
+    if cache is not None and forest is not None:
+        cache.keep(layer, key, value)
+    if cache is not None and forest is None:
+        return cache.attend(layer, query, key, value, scaling, sliding_window, softcap), None
     if forest is None:
         raise RuntimeError(
             f"{ATTENTION} works on packed rows: pass forest=pack(...), or switch to 'sdpa' for padded batches"
