@@ -53,23 +53,27 @@ HEADER = (
 
 def compare(name: str, plain: Call, ours: Call, repeats: int, equal: float | None = 1e-3) -> Result:
     """Both ways in turn. ``equal``: by how much their results may differ; None where they are random."""
-    expected, found = plain(), ours()
+    (expected, plain_flops), (found, our_flops) = flops_of(plain), flops_of(ours)
     if equal is not None:
         difference = float((expected - found).abs().max())
         assert difference < equal, f"{name}: the two ways differ by {difference}"
-    flops = flops_of(plain), flops_of(ours)
-    peak = peak_of(plain), peak_of(ours)
     seconds: tuple[list[float], list[float]] = ([], [])
+    peaks: tuple[list[float], list[float]] = ([], [])
     rates = []
     for _ in range(repeats):
         rates.append(product_rate())
         for way, call in enumerate((plain, ours)):
+            before = start_of_peak()
             start = time.perf_counter()
             call()
             _wait()
             seconds[way].append(time.perf_counter() - start)
-    medians = statistics.median(seconds[0]), statistics.median(seconds[1])
-    return Result(name, medians, flops, peak, statistics.median(rates))
+            peaks[way].append(peak_since(before))
+    return Result(name, _medians(seconds), (plain_flops, our_flops), _medians(peaks), statistics.median(rates))
+
+
+def _medians(columns: tuple[list[float], list[float]]) -> tuple[float, float]:
+    return statistics.median(columns[0]), statistics.median(columns[1])
 
 
 def product_rate() -> float:
@@ -87,8 +91,8 @@ def product_rate() -> float:
     return best
 
 
-def flops_of(call: Call) -> float:
-    """Multiplications and additions of matrix products and attention (causal attention counted as whole)."""
+def flops_of(call: Call) -> tuple[Any, float]:
+    """What a call gives, and its multiplications and additions in matrix products and attention (causal counted as whole)."""
     ops = torch.ops.aten
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -102,26 +106,29 @@ def flops_of(call: Call) -> float:
         ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:  # type: ignore[arg-type]
-        call()
-    return float(counter.get_total_flops())
+        result = call()
+    return result, float(counter.get_total_flops())
 
 
-def peak_of(call: Call) -> float:
-    """Bytes that a call needs at most beyond what is held before it; 0 where this machine does not tell."""
+def start_of_peak() -> int | None:
+    """Bytes held now, from where the peak is counted; None where this machine does not tell."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return float(torch.cuda.max_memory_allocated() - before)
+        return torch.cuda.memory_allocated()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
+        return None
+    return _status("VmRSS")
+
+
+def peak_since(before: int | None) -> float:
+    """Bytes that were held at most since then beyond what was held before."""
+    if before is None:
         return 0.0
-    before = _status("VmRSS")
-    call()
-    return float(_status("VmHWM") - before)
+    return float((torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")) - before)
 
 
 def _status(key: str) -> int:
