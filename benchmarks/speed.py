@@ -207,6 +207,8 @@ def whole_run(bench: Bench) -> Iterator[Result]:
 class Nobody:
     """A backend whose clients do nothing: they send one and the same delta, and score adapters by their names."""
 
+    at_once = 16
+
     def __init__(self, count: int, delta: Weights):
         self.names = [f"client-{i:05d}" for i in range(count)]
         self.delta = delta
@@ -220,7 +222,12 @@ class Nobody:
 
     def _answer(self, task: Task) -> Reply:
         if task.kind == "train":
-            return Reply(task.client, adapter=next(iter(task.adapters)), delta=self.delta, num_examples=1)
+            return Reply(
+                task.client,
+                adapter=next(iter(task.adapters)),
+                delta={n: t.clone() for n, t in self.delta.items()},
+                num_examples=1,
+            )
         if task.kind == "evaluate":
             rng = rng_for("losses", task.client)
             self.losses[task.client] = [rng.random() for _ in task.adapters]
@@ -231,8 +238,8 @@ class Nobody:
 def loop(options: argparse.Namespace) -> list[list[str]]:
     """The federated loop around clients that do nothing: milliseconds a client, and memory."""
     rows = []
-    delta = {f"layer.{i}.lora_{side}.weight": torch.full((8, 64), 1e-3) for i in range(8) for side in "AB"}
-    for count, cohort in ((1000, 1000), (10_000, 10_000), (1000, 100), (10_000, 100)):
+    delta = {f"layer.{i}.lora_{side}.weight": torch.full((8, 512), 1e-3) for i in range(8) for side in "AB"}
+    for count, cohort in ((1000, 100), (10_000, 100), (1000, 1000), (10_000, 10_000)):
         cfg = FederatedSettings(
             num_adapters=3,
             rounds=9,

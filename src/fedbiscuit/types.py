@@ -190,7 +190,12 @@ class Reply:
 
 
 class Backend(Protocol):
-    """Carries tasks to clients and brings replies back, in any order, failures included."""
+    """Carries tasks to clients and brings replies back, in any order, failures included.
+
+    at_once: how many tasks to hand over at a time, 0 for all. What comes back together is in memory together.
+    """
+
+    at_once: int
 
     def clients(self) -> list[ClientId]:
         """The clients that can be asked now."""

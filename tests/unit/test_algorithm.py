@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -47,6 +48,8 @@ def adapter(value: float = 0.0) -> Weights:
 
 class Town:
     """A backend whose clients are wishes: each pulls every adapter towards its number, and scores it by the distance."""
+
+    at_once = 0
 
     def __init__(self, wishes: dict[ClientId, float], answer: Callable[[Task, Reply], Any] | None = None) -> None:
         self.wishes = wishes
@@ -641,3 +644,34 @@ def test_clients_are_told_the_rate_of_their_round() -> None:
         state, _record = fedbiscuit_round(state, town, cfg, 0)
         seen.append({task.local.lr / cfg.local.lr for task in town.of_kind("train") if task.local})
     assert seen == [{1.0}, {0.75}, {0.5}, {0.25}]
+
+
+@given(at_once=st.integers(0, 5), wishes=st.lists(st.floats(-3, 3), min_size=1, max_size=9))
+@settings(max_examples=25, deadline=None)
+def test_how_many_are_asked_at_once_changes_no_bit(at_once: int, wishes: list[float]) -> None:
+    clients = {f"c{i}": wish for i, wish in enumerate(wishes)}
+    town, whole = Town(clients), Town(clients)
+    town.at_once = at_once
+    ours, record = fedbiscuit_round(init_state([adapter(0.3)]), town, cfg_of(), 0)
+    theirs, expected = fedbiscuit_round(init_state([adapter(0.3)]), whole, cfg_of(), 0)
+    assert same_weights(ours, theirs)
+    assert (record.bytes_up, record.bytes_down) == (expected.bytes_up, expected.bytes_down)
+
+
+def test_no_more_deltas_are_held_for_a_mean_than_come_at_once() -> None:
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    class Counting(Town):
+        def run(self, tasks: Sequence[Task]) -> list[Reply]:
+            nonlocal most
+            replies = super().run(tasks)
+            alive.update(reply.delta[A] for reply in replies if reply.delta)
+            most = max(most, len(alive))
+            return replies
+
+    for count in (12, 60):
+        town, most = Counting({f"c{i:02d}": 1.0 for i in range(count)}), 0
+        town.at_once = 3
+        fedbiscuit_round(init_state([adapter()]), town, cfg_of(), 0)
+        assert most <= 8  # those that come, and those that came just before

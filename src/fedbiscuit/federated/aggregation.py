@@ -1,7 +1,8 @@
 """The deltas of one adapter become one delta, and one delta becomes a step of the server (docs/algorithm.md section 5).
 
-All deltas of an adapter are laid out as the rows of one matrix, so that an average is one product. Rows come in the
-order of the clients' names: then no result depends on who answered first, to the last bit.
+Deltas come in the order of the clients' names: then no result depends on who answered first, to the last bit. The mean is
+a running sum, so many clients need no more memory than one; the rules that look at all deltas together lay them out as the
+rows of one matrix.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from fedbiscuit.config import FederatedSettings
-from fedbiscuit.federated.privacy import clip_factor
+from fedbiscuit.federated.privacy import clip_factor, delta_norm
 from fedbiscuit.types import ClientId, FederationError, Reply, Weights
 
 __all__ = [
     "AGGREGATORS",
     "CLIP_WINDOW",
     "SERVER_OPTIMIZERS",
+    "Pool",
     "Rule",
     "aggregate",
     "clip_limit",
@@ -46,21 +48,82 @@ Aggregator = Callable[[Tensor, Tensor, Rule], Tensor]
 """(clients, values) deltas, (clients,) weights that sum to 1, and the rule's settings -> (values,) delta."""
 
 
+class Pool:
+    """The replies for one adapter, on their way to one delta; to be added in the order of the clients' names."""
+
+    def __init__(self, cfg: FederatedSettings) -> None:
+        self._cfg = cfg
+        self.norms: dict[ClientId, float] = {}
+        self._replies: list[Reply] = []
+        self._sum = _RunningMean(cfg.weights)
+
+    def __len__(self) -> int:
+        return len(self.norms)
+
+    def add(self, reply: Reply) -> None:
+        """Take one more reply, whose delta was checked."""
+        delta = reply.delta or {}
+        self.norms[reply.client] = delta_norm(delta)
+        if self._cfg.aggregator == "mean":
+            self._sum.add(delta, reply.num_examples)
+        else:
+            self._replies.append(reply)
+
+    def delta(self, num_clients: int, clip_norm: float = float("inf")) -> Weights:
+        """One delta from all.
+
+        ``num_clients`` counts all clients, also those not in this round: ``scale: population`` divides by it, so absent
+        clients count as no change.
+        """
+        cfg = self._cfg
+        scale = len(self) / num_clients if cfg.scale == "population" else 1.0
+        if cfg.aggregator == "mean":
+            return self._sum.mean(scale)
+        deltas = [reply.delta or {} for reply in self._replies]
+        stack = _stacked(deltas)
+        weights = stack.new_tensor(shares([reply.num_examples for reply in self._replies], cfg.weights))
+        total = AGGREGATORS[cfg.aggregator](stack, weights, Rule(clip_norm, cfg.trim, cfg.byzantine))
+        return _unstacked(total * scale, deltas[0])
+
+
 def aggregate(
     replies: Mapping[ClientId, Reply], num_clients: int, cfg: FederatedSettings, clip_norm: float = float("inf")
 ) -> Weights:
-    """One delta from all replies of one adapter.
+    """One delta from all replies of one adapter, by a ``Pool``."""
+    pool = Pool(cfg)
+    for client in sorted(replies):
+        pool.add(replies[client])
+    return pool.delta(num_clients, clip_norm)
 
-    ``num_clients`` counts all clients, also those not in this round: ``scale: population`` divides by it, so absent
-    clients count as no change.
-    """
-    in_order = [replies[client] for client in sorted(replies)]
-    deltas = [reply.delta or {} for reply in in_order]
-    stack = _stacked(deltas)
-    weights = stack.new_tensor(shares([reply.num_examples for reply in in_order], cfg.weights))
-    total = AGGREGATORS[cfg.aggregator](stack, weights, Rule(clip_norm, cfg.trim, cfg.byzantine))
-    scale = len(deltas) / num_clients if cfg.scale == "population" else 1.0
-    return _unstacked(total * scale, deltas[0])
+
+class _RunningMean:
+    """The weighted mean (FedAvg), summed up in float64 as deltas come."""
+
+    def __init__(self, weights: str) -> None:
+        self._weights = weights
+        self._like: Weights = {}
+        self._sums: dict[str, Tensor] = {}
+        self._total = 0
+
+    def add(self, delta: Weights, num_examples: int) -> None:
+        """Clients that all claim no examples weigh the same; next to one that has some they weigh nothing."""
+        weight = 1 if self._weights == "equal" else num_examples
+        if not self._sums or (self._total <= 0 < weight):
+            self._like = delta
+            self._sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in delta.items()}
+            self._total = 0
+        if weight == 0 and self._total <= 0:  # counted below zero as long as nobody has examples
+            self._total -= 1
+            weight = 1
+        else:
+            self._total += weight
+        for name, total in self._sums.items():
+            total.add_(delta[name].detach().to(total), alpha=weight)
+
+    def mean(self, scale: float) -> Weights:
+        """The mean so far times ``scale``, in the dtypes of the deltas."""
+        factor = scale / abs(self._total)
+        return {name: (total * factor).to(self._like[name].dtype) for name, total in self._sums.items()}
 
 
 def shares(num_examples: Sequence[int], weights: str) -> list[float]:
@@ -103,16 +166,11 @@ def _unstacked(row: Tensor, like: Weights) -> Weights:
 # Aggregators
 
 
-def mean(stack: Tensor, weights: Tensor, rule: Rule) -> Tensor:
-    """The weighted mean (FedAvg)."""
-    return torch.mv(stack.T, weights)
-
-
 def norm_clipped_mean(stack: Tensor, weights: Tensor, rule: Rule) -> Tensor:
     """The weighted mean of deltas shortened to ``rule.clip_norm``: nobody pulls farther than the others."""
     norms = [float(torch.linalg.vector_norm(row, dtype=torch.float64)) for row in stack]
     factors = [clip_factor(norm, rule.clip_norm, stack.dtype) for norm in norms]
-    return mean(stack, weights * weights.new_tensor(factors), rule)
+    return torch.mv(stack.T, weights * weights.new_tensor(factors))
 
 
 def median(stack: Tensor, weights: Tensor, rule: Rule) -> Tensor:
@@ -149,8 +207,7 @@ def krum(stack: Tensor, weights: Tensor, rule: Rule) -> Tensor:
     return stack[int(nearest.sum(dim=1).argmin())]
 
 
-AGGREGATORS: dict[str, Aggregator] = {
-    "mean": mean,
+AGGREGATORS: dict[str, Aggregator] = {  # and "mean", which needs no matrix
     "norm_clipped_mean": norm_clipped_mean,
     "median": median,
     "trimmed_mean": trimmed_mean,

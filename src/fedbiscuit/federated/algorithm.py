@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from fedbiscuit.config import FederatedSettings, least_replies
-from fedbiscuit.federated.aggregation import aggregate, clip_limit, server_step
+from fedbiscuit.federated.aggregation import Pool, clip_limit, server_step
 from fedbiscuit.federated.exchange import Exchange, Lent
 from fedbiscuit.federated.grouping import group_sizes, seat_clients, seat_newcomers
 from fedbiscuit.federated.privacy import check_reply, delta_norm
@@ -62,8 +62,8 @@ def fedbiscuit_round(
     grouping = _regroup(exchange, state, cfg, seed) if regrouped else dict(state.grouping)
     if phase_of(state.round, cfg) == "federated":
         grouping = seat_newcomers(grouping, exchange.clients, cfg.num_adapters)
-    adapter_of, replies = _train_a_cohort(exchange, state, grouping, cfg, seed)
-    following, metrics = _next_state(state, grouping, adapter_of, replies, len(exchange.clients), cfg)
+    adapter_of, pools = _train_a_cohort(exchange, state, grouping, cfg, seed)
+    following, metrics = _next_state(state, grouping, pools, len(exchange.clients), cfg)
     return following, RoundRecord(
         round=state.round,
         phase=phase_of(state.round, cfg),
@@ -131,17 +131,17 @@ def _regroup(exchange: Exchange, state: ServerState, cfg: FederatedSettings, see
 
 def _train_a_cohort(
     exchange: Exchange, state: ServerState, grouping: Grouping, cfg: FederatedSettings, seed: int
-) -> tuple[dict[ClientId, int], dict[ClientId, Reply]]:
-    """The first cohort of which enough clients sent a good reply: its adapters, and these replies."""
+) -> tuple[dict[ClientId, int], dict[int, Pool]]:
+    """The first cohort of which enough clients sent a good reply: its adapters, and these replies by adapter."""
     for attempt in range(cfg.max_attempts):
         rng = rng_for(seed, state.round, attempt, "cohort")
         cohort = sample_cohort(exchange.clients, cfg.cohort_size, rng)
         if cfg.min_replies > len(cohort):
             raise FederationError(f"min_replies is {cfg.min_replies}, but a cohort has only {len(cohort)} clients")
         adapter_of = assign(cohort, state.round, grouping, cfg)
-        replies = _train(exchange, state, adapter_of, cfg)
-        if len(replies) >= cfg.min_replies:
-            return adapter_of, replies
+        pools = _train(exchange, state, adapter_of, cfg)
+        if sum(map(len, pools.values())) >= cfg.min_replies:
+            return adapter_of, pools
     reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(exchange.refused.items()))
     raise FederationError(
         f"round {state.round}: fewer than {cfg.min_replies} good replies from each of {cfg.max_attempts} cohorts,"
@@ -151,7 +151,7 @@ def _train_a_cohort(
 
 def _train(
     exchange: Exchange, state: ServerState, adapter_of: Mapping[ClientId, int], cfg: FederatedSettings
-) -> dict[ClientId, Reply]:
+) -> dict[int, Pool]:
     local = local_training(state.round, cfg)
     lent = {u: Lent({u: state.adapters[u]}) for u in set(adapter_of.values())}
     tasks = [
@@ -165,7 +165,10 @@ def _train(
             return f"it trained adapter {ascii(reply.adapter)[:40]} where {u} was asked for"
         return check_reply(reply, trained_part(state.adapters[u], cfg), local.comparisons_per_round)
 
-    return exchange.ask(tasks, check)
+    pools: dict[int, Pool] = {}
+    for reply in exchange.stream(tasks, check):
+        pools.setdefault(adapter_of[reply.client], Pool(cfg)).add(reply)
+    return dict(sorted(pools.items()))
 
 
 def trained_part(weights: Weights, cfg: FederatedSettings) -> Weights:
@@ -178,19 +181,18 @@ def trained_part(weights: Weights, cfg: FederatedSettings) -> Weights:
 def _next_state(
     state: ServerState,
     grouping: Grouping,
-    adapter_of: Mapping[ClientId, int],
-    replies: Mapping[ClientId, Reply],
+    pools: Mapping[int, Pool],
     num_clients: int,
     cfg: FederatedSettings,
 ) -> tuple[ServerState, dict[str, Any]]:
     """The server after these replies. Adapters that nobody trained do not move, nor does their optimizer."""
-    norms = {client: delta_norm(reply.delta or {}) for client, reply in replies.items()}
+    norms = {client: norm for pool in pools.values() for client, norm in pool.norms.items()}
     clip_norm, clip_norms = clip_limit(norms.values(), state.clip_norms)
     adapters, moments, lengths = list(state.adapters), dict(state.server_optimizer_state), {}
-    for u, group in _by_adapter(replies, adapter_of).items():
-        if len(group) < least_replies(cfg):  # a small group waits for a round in which its rule can work
+    for u, pool in pools.items():
+        if len(pool) < least_replies(cfg):  # a small group waits for a round in which its rule can work
             continue
-        delta = aggregate(group, num_clients, cfg, clip_norm)
+        delta = pool.delta(num_clients, clip_norm)
         adapters[u], moments = server_step(u, adapters[u], delta, moments, cfg)
         lengths[u] = delta_norm(delta)
     used = cfg.local.as_local().comparisons_per_round
@@ -198,25 +200,16 @@ def _next_state(
         round=state.round + 1,
         adapters=tuple(adapters),
         grouping=grouping,
-        consumed={**state.consumed, **{client: state.consumed.get(client, 0) + used for client in replies}},
+        consumed={**state.consumed, **{client: state.consumed.get(client, 0) + used for client in norms}},
         server_optimizer_state=moments,
         clip_norms=clip_norms,
     )
     clips = cfg.aggregator == "norm_clipped_mean"
     metrics = {
-        "num_replies": len(replies),
+        "num_replies": len(norms),
         "delta_norm": lengths,
-        "too_few": sorted({adapter_of[client] for client in replies} - lengths.keys()),
+        "too_few": sorted(pools.keys() - lengths.keys()),
         "clipped": sum(norm > clip_norm for norm in norms.values()) if clips else 0,
         "group_sizes": group_sizes(grouping, cfg.num_adapters),
     }
     return following, metrics
-
-
-def _by_adapter(
-    replies: Mapping[ClientId, Reply], adapter_of: Mapping[ClientId, int]
-) -> dict[int, dict[ClientId, Reply]]:
-    groups: dict[int, dict[ClientId, Reply]] = {}
-    for client, reply in replies.items():
-        groups.setdefault(adapter_of[client], {})[client] = reply
-    return dict(sorted(groups.items()))

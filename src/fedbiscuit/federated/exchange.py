@@ -53,6 +53,16 @@ class Exchange:
 
     def ask(self, tasks: Sequence[Task], check: Check) -> dict[ClientId, Reply]:
         """The replies that can be used, by client and sorted by client, in whatever order they arrived."""
+        return {reply.client: reply for reply in self.stream(tasks, check)}
+
+    def stream(self, tasks: Sequence[Task], check: Check) -> Iterator[Reply]:
+        """The same one by one, with no more of them in memory than the backend brings at once."""
+        ordered = sorted(tasks, key=lambda task: task.client)
+        size = self._backend.at_once or len(ordered)
+        for start in range(0, len(ordered), size):
+            yield from self._ask(ordered[start : start + size], check).values()
+
+    def _ask(self, tasks: Sequence[Task], check: Check) -> dict[ClientId, Reply]:
         self.bytes_down += sum(task.adapters.num_bytes for task in tasks if isinstance(task.adapters, Lent))
         answers = _by_client(self._backend.run(tasks))
         self.bytes_up += sum(_delta_bytes(reply) for replies in answers.values() for reply in replies)
