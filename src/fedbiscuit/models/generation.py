@@ -58,7 +58,7 @@ def generate(
     lm.model.eval()
     forest = lm.pack(prompts)
     cache = Cache(forest.paths, num_completions, lm.device)
-    logits = lm.logits(lm.prefill(forest, cache)[forest.last]).repeat_interleave(num_completions, 0)
+    logits = lm.logits(lm.prefill(forest, cache)).repeat_interleave(num_completions, 0)
     live = list(range(rows))
     for step in range(how.max_new_tokens):
         uniform = torch.stack([torch.rand((), generator=draws[row]) for row in live])

@@ -70,7 +70,9 @@ class LM:
         }
         self._encoded: dict[str, tuple[int, ...]] = {}
         self._skipped = range(0)
+        self._places: Tensor | None = None
         self._trunk_size = self._prepare_trunk()
+        self._prepare_last_mlp()
 
     # Text
 
@@ -135,9 +137,18 @@ class LM:
         with self._skipping(range(self._trunk_size)):
             return self._run(forest, inputs_embeds=trunk[None])
 
+    def hidden_at(self, forest: Forest, places: Tensor, trunk: Tensor | None = None) -> Tensor:
+        """(n, d) last hidden states at (n,) places of the row. The MLP of the last layer is computed at these alone."""
+        if not (self.model.training and self.model.is_gradient_checkpointing):  # it would run again without ``places``
+            self._places = places.unique()  # type: ignore[no-untyped-call]
+        try:
+            return self.hidden(forest, trunk)[places]
+        finally:
+            self._places = None
+
     def prefill(self, forest: Forest, cache: Cache) -> Tensor:
-        """(T, d) last hidden states of packed prompts, whose keys and values the cache keeps."""
-        return self._run(forest, cache, input_ids=forest.tokens[None])
+        """(n, d) last hidden states at the end of packed prompts, whose keys and values the cache keeps."""
+        return self._run(forest, cache, input_ids=forest.tokens[None])[forest.last]
 
     def next_hidden(self, tokens: Tensor, cache: Cache) -> Tensor:
         """(R, d) last hidden states of one new token, (R,), in each row of the cache."""
@@ -205,6 +216,24 @@ class LM:
         for number, layer in enumerate(layers):
             layer.forward = self._skippable(number, layer.forward)
         return adapted.index(True) if any(adapted) else 0
+
+    def _prepare_last_mlp(self) -> None:
+        """Let the MLP of the last layer, where there is one, leave out the places that nobody reads."""
+        layers = getattr(self._causal.base_model, "layers", None)
+        mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, torch.nn.ModuleList) else None
+        if not isinstance(mlp, torch.nn.Module):
+            return
+        whole = mlp.forward
+
+        def run(states: Tensor) -> Any:
+            if self._places is None:
+                return whole(states)
+            found = whole(states[:, self._places])
+            if not isinstance(found, Tensor):  # a mixture of experts may say more than its output
+                return whole(states)
+            return torch.zeros_like(states).index_copy(1, self._places, found)
+
+        mlp.forward = run
 
     def _has_dropout(self) -> bool:
         """Whether the base model, adapters aside, drops anything in training."""
@@ -488,7 +517,7 @@ def _check_fast_path(lm: LM) -> None:
     sequences = [[*stem, 5 % size, 11 % size], [*stem, 2 % size], [*stem, 9 % size, 1 % size, 4 % size]]
     with torch.no_grad():
         forest = lm.pack(sequences)
-        ours = lm.logits(lm.hidden(forest)[forest.last])
+        ours = lm.logits(lm.hidden_at(forest, forest.last))
         with lm.padded() as model:
             theirs = torch.stack([model(torch.tensor([s], device=lm.device)).logits[0, -1].float() for s in sequences])
         lm.check_trunk(forest)

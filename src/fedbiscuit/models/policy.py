@@ -52,11 +52,10 @@ def response_log_probs(lm: LM, prompts: Sequence[Sequence[int]], responses: Sequ
     only, ``CHUNK`` at a time, and made again in the backward pass instead of being kept.
     """
     forest = lm.pack([(*prompt, *response) for prompt, response in zip(prompts, responses, strict=True)])
-    hidden = lm.hidden(forest)
     places = np.concatenate([path[len(prompt) - 1 : -1] for path, prompt in zip(forest.paths, prompts, strict=True)])
     owner = torch.from_numpy(np.repeat(np.arange(len(responses)), [len(r) for r in responses])).to(lm.device)
     targets = torch.tensor([token for response in responses for token in response], device=lm.device)
-    states = hidden[torch.from_numpy(places).to(lm.device)]
+    states = lm.hidden_at(forest, torch.from_numpy(places).to(lm.device))
     parts = []
     for start in range(0, len(targets), CHUNK):
         span = slice(start, start + CHUNK)

@@ -87,7 +87,7 @@ class Selector:
 
     def _letters(self, forest: Forest, trunk: Tensor | None) -> Tensor:
         rows = torch.tensor(self.letters, device=self.lm.device)
-        return self.lm.logits(self.lm.hidden(forest, trunk)[forest.last], rows).view(-1, 2, 2)
+        return self.lm.logits(self.lm.hidden_at(forest, forest.last, trunk), rows).view(-1, 2, 2)
 
 
 def selector_loss(selector: Selector, encoded: Sequence[EncodedComparison]) -> Tensor:
