@@ -122,7 +122,7 @@ def trl(bench: Bench) -> Iterator[Result]:
 
     lm = bench.lm
     texts = plain.comparisons(bench.batch, "dpo")
-    rows = [{"prompt": c.prompt, "chosen": c.output_a, "rejected": c.output_b} for c in texts]
+    rows = [{"prompt": c.prompt, "chosen": f" {c.output_a}", "rejected": f" {c.output_b}"} for c in texts]
     pairs = [encode_pair(lm, lm.start + lm.encode(r["prompt"]), r["chosen"], r["rejected"]) for r in rows]
     lm.put_adapter(bench.adapters[0])
     reference = reference_log_probs(lm, pairs)

@@ -78,3 +78,16 @@ def test_tables_have_no_empty_columns_and_every_method():
     assert agreement[1][0][:2] == ["one", "1"]
     assert "0.600" in agreement[1][0]
     assert differences[1] == [["two", "+10.0", "1 / 0"]]
+
+
+def test_policies_have_a_row_for_each_judge():
+    aligned = run({"ann": 0.5})
+    judges = [{"name": name, "win_rate": rate} for name, rate in (("vote", 0.75), ("truth", 0.5))]
+    policy = {"judges": judges, "length": {"aligned": 12.0, "raw": 20.5}}
+    evaluation = {**(aligned.evaluation or {}), "policy": policy}
+    section = Section("t", (Method("one", (RunView(aligned.cfg, "", evaluation=evaluation),)),))
+    (table,) = [table for table in tables_of(section) if table[0][0] == "aligned against raw policy"]
+    assert table[1] == [
+        ["one", "vote", "1", "0.750", "0.750", "12.0", "20.5"],
+        ["one", "truth", "1", "0.500", "0.500", "12.0", "20.5"],
+    ]

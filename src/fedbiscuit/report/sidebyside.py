@@ -42,8 +42,11 @@ def write_markdown(run_dirs: Sequence[Path], out: Path) -> list[Path]:
 
 
 def tables_of(section: Section) -> list[Table]:
-    """How often people are agreed with, differences to the first row, calibration, cost; empty columns are left out."""
-    made = (_agreement(section), _differences(section), _calibration(section), _cost(section))
+    """How often people are agreed with, differences to the first row, calibration, policies, cost.
+
+    Tables without rows and columns without content are left out.
+    """
+    made = (_agreement(section), _differences(section), _calibration(section), _policies(section), _cost(section))
     tables: list[Table] = []
     for header, rows in made:
         used = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
@@ -140,6 +143,19 @@ def _calibration(section: Section) -> Table:
         )
         for method in section.methods
     ]
+    return header, rows
+
+
+def _policies(section: Section) -> Table:
+    header = ("aligned against raw policy", "judged by", "seeds", "win rate", "each seed", "words aligned", "words raw")
+    rows = []
+    for method in section.methods:
+        aligned = [run.policy for run in method.runs if run.policy.get("judges")]
+        for name in dict.fromkeys(judge["name"] for policy in aligned for judge in policy["judges"]):
+            rates = [judge["win_rate"] for policy in aligned for judge in policy["judges"] if judge["name"] == name]
+            words = [_mean([policy["length"][kind] for policy in aligned], 1) for kind in ("aligned", "raw")]
+            each = " ".join(_share(rate) for rate in rates)
+            rows.append((method.name, str(name), str(len(rates)), _mean(rates), each, *words))
     return header, rows
 
 
