@@ -34,14 +34,18 @@ def text(tokens: int, *key: object) -> str:
     return " ".join(rng.choice(WORDS.split()) for _ in range(tokens))
 
 
-def comparisons(count: int, *key: object) -> list[Comparison]:
-    """Random words with the lengths of TL;DR: posts of 150 to 400 tokens, summaries of 20 to 60."""
+def comparisons(count: int, scale: float, *key: object) -> list[Comparison]:
+    """Random words with the lengths of TL;DR, times ``scale``: posts of 150 to 400 tokens, summaries of 20 to 60."""
     rng = rng_for("benchmark", "lengths", *key)
+
+    def words(least: int, most: int, *part: object) -> str:
+        return text(max(1, round(scale * rng.randint(least, most))), *part)
+
     return [
         Comparison(
-            text(rng.randint(150, 400), "post", *key, i),
-            text(rng.randint(20, 60), "a", *key, i),
-            text(rng.randint(20, 60), "b", *key, i),
+            words(150, 400, "post", *key, i),
+            words(20, 60, "a", *key, i),
+            words(20, 60, "b", *key, i),
             rng.randint(0, 1),
         )
         for i in range(count)

@@ -48,6 +48,10 @@ class Bench:
         self.adapters = [plain.lively_adapter(self.lm, u) for u in range(3)]
         self.batch: int = options.batch
 
+    def texts(self, *key: object) -> list[Comparison]:
+        """A batch of comparisons."""
+        return plain.comparisons(self.batch, self.options.scale, *key)
+
     def compare(self, name: str, plainly: Call, ours: Call, equal: float | None = 1e-3) -> Result:
         def in_plain_model() -> object:
             with plain.plain_model(self.lm):
@@ -71,7 +75,7 @@ class Bench:
 
 
 def selector_step(bench: Bench) -> Iterator[Result]:
-    encoded, _ = bench.selector.encode(plain.comparisons(bench.batch))
+    encoded, _ = bench.selector.encode(bench.texts("selector"))
     yield bench.compare(
         f"selector step, both orders, {bench.batch} comparisons",
         bench.step(lambda: plain.selector_loss(bench.selector, encoded)),
@@ -80,7 +84,7 @@ def selector_step(bench: Bench) -> Iterator[Result]:
 
 
 def scoring(bench: Bench) -> Iterator[Result]:
-    encoded, _ = bench.selector.encode(plain.comparisons(bench.batch, "scoring"))
+    encoded, _ = bench.selector.encode(bench.texts("scoring"))
     yield bench.compare(
         f"scoring {bench.batch} comparisons under 3 adapters (grouping)",
         lambda: plain.margins(bench.selector, bench.adapters, encoded, bench.batch),
@@ -89,7 +93,9 @@ def scoring(bench: Bench) -> Iterator[Result]:
 
 
 def labels(bench: Bench) -> Iterator[Result]:
-    post, texts = plain.text(275, "label post"), [plain.text(40, "completion", i) for i in range(4)]
+    post, *texts = (
+        c.prompt if i == 0 else c.output_a for i, c in enumerate(plain.comparisons(5, bench.options.scale, "label"))
+    )
     pairs = [Comparison(post, a, b) for i, a in enumerate(texts) for b in texts[i + 1 :]]
     encoded, _ = bench.selector.encode(pairs)
     yield bench.compare(
@@ -101,7 +107,7 @@ def labels(bench: Bench) -> Iterator[Result]:
 
 def dpo(bench: Bench) -> Iterator[Result]:
     lm = bench.lm
-    texts = plain.comparisons(bench.batch, "dpo")
+    texts = bench.texts("dpo")
     pairs = [encode_pair(lm, lm.chat_prompt(c.prompt), c.output_a, c.output_b) for c in texts]
     lm.put_adapter(bench.adapters[0])
     reference = reference_log_probs(lm, pairs)
@@ -121,7 +127,7 @@ def trl(bench: Bench) -> Iterator[Result]:
     from trl import DPOConfig, DPOTrainer
 
     lm = bench.lm
-    texts = plain.comparisons(bench.batch, "dpo")
+    texts = bench.texts("dpo")
     rows = [{"prompt": c.prompt, "chosen": f" {c.output_a}", "rejected": f" {c.output_b}"} for c in texts]
     pairs = [encode_pair(lm, lm.start + lm.encode(r["prompt"]), r["chosen"], r["rejected"]) for r in rows]
     lm.put_adapter(bench.adapters[0])
@@ -137,7 +143,9 @@ def trl(bench: Bench) -> Iterator[Result]:
 
     def theirs() -> Tensor:
         lm.model.zero_grad()
-        return trainer.training_step(lm.model, inputs).detach().cpu()
+        loss = trainer.compute_loss(lm.model, inputs)
+        loss.backward()
+        return loss.detach()
 
     yield bench.compare(
         f"DPO step, {len(pairs)} pairs: TRL's trainer against stored reference",
@@ -149,7 +157,7 @@ def trl(bench: Bench) -> Iterator[Result]:
 
 def generation(bench: Bench) -> Iterator[Result]:
     lm, count, new = bench.lm, bench.options.prompts, 48
-    prompts = [lm.chat_prompt(c.prompt) for c in plain.comparisons(count, "generation")]
+    prompts = [lm.chat_prompt(c.prompt) for c in plain.comparisons(count, bench.options.scale, "generation")]
     written = {"plain": 0, "ours": 0}
 
     def plainly() -> None:
@@ -304,6 +312,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default=ModelSettings().base)
     parser.add_argument("--batch", type=int, default=8, help="comparisons, or pairs, a step")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the lengths of texts")
     parser.add_argument("--prompts", type=int, default=8, help="prompts to write completions for")
     options = parser.parse_args()
     wanted = options.pieces or [*(name for name in PIECES if name != "run"), *OTHERS]

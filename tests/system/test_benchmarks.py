@@ -1,0 +1,35 @@
+"""The benchmarks run, check that both ways give the same, and print their table; what they measure is not looked at here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("family", ["tiny_model", "tiny_gemma"])
+def test_every_piece_of_the_speed_benchmark_runs_on_a_tiny_model(family, request):
+    model = request.getfixturevalue(family)
+    words = "selector scoring labels dpo trl generation --batch 2 --repeats 1 --prompts 2 --scale 0.1"
+    found = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "speed.py", *words.split(), "--model", str(model)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    rows = [line for line in found.stdout.splitlines() if line.startswith("| ") and "---" not in line]
+    assert [row.split()[1] for row in rows] == [
+        "work",
+        "selector",
+        "scoring",
+        "labelling",
+        "DPO",
+        "DPO",
+        "DPO",
+        "generation,",
+    ]
+    assert len({row.count("|") for row in rows}) == 1
