@@ -534,3 +534,21 @@ def test_a_long_text_is_cut_and_the_rest_is_counted() -> None:
 def test_the_report_loads_matplotlib_only_when_it_draws() -> None:
     code = "import sys, fedbiscuit.report; sys.exit(any(m in sys.modules for m in ('matplotlib', 'torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_new_clients_and_a_fitted_temperature_are_told_where_a_run_has_them(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path / "demo")
+    path = folder / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    before = page_of(folder).text
+    evaluation["selectors"]["temperature"] = 2.5
+    evaluation["selectors"]["rows"][0]["calibration_error_at_temperature"] = 0.0123
+    evaluation["selectors"]["rows"].append({"name": "new clients, the best fitting selector", "accuracy": 0.612})
+    path.write_text(json.dumps(evaluation))
+    text = page_of(folder).text
+    assert (
+        "At a temperature of 2.50, fitted on validation comparisons, the first row’s calibration error is 0.012."
+        in text
+    )
+    assert "new clients, the best fitting selector 61.2%" in text
+    assert summary(read_run(folder))[0] in before  # the sentence at the top is about those who took part

@@ -74,6 +74,15 @@ def _selectors(run: RunView) -> str:
         )
         for row in rows
     ]
+    temperature, cooled = run.selectors.get("temperature"), rows[0].get("calibration_error_at_temperature")
+    cooler = (
+        ""
+        if temperature is None or cooled is None
+        else (
+            f" At a temperature of {temperature:.2f}, fitted on validation comparisons, the first row’s calibration error is "
+            f"{cooled:.3f}."
+        )
+    )
     match = run.selectors.get("adjusted_rand_index")
     found = "" if match is None else f" Groups against the true ones: adjusted Rand index {match:.2f} (1 is perfect)."
     return (
@@ -81,7 +90,7 @@ def _selectors(run: RunView) -> str:
         + table("Selectors on test comparisons", header, cells, main=0)
         + '<p class="note">On test comparisons that nobody trained on. Accuracy: mean over clients of how often the '
         "client’s choice is met, with its 95% interval. Flips: how often swapping the two answers changes the verdict. "
-        f"Calibration error: how far stated certainty is from how often it is right. Loss in nats.{found}</p>\n"
+        f"Calibration error: how far stated certainty is from how often it is right. Loss in nats.{cooler}{found}</p>\n"
         "</section>"
     )
 

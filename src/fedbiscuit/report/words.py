@@ -18,6 +18,8 @@ LONGER = "the longer answer"
 MANY_FLIPS = 0.3
 """Share of comparisons from which on the page warns of it."""
 GLOBAL = "one global selector"
+NEW = "new clients"
+"""How the names of rows begin that are about people who took part in no round."""
 
 
 def row_named(run: RunView, name: str) -> Row | None:
@@ -75,7 +77,8 @@ def summary(run: RunView) -> list[str]:
     rows = run.selectors.get("rows", [])
     if rows:
         own = rows[0]
-        others = [f"{percent(row['accuracy'], 0)} for {_with_the(row)}" for row in rows[1:] if row["name"] != "chance"]
+        compared_with = [row for row in rows[1:] if row["name"] != "chance" and not row["name"].startswith(NEW)]
+        others = [f"{percent(row['accuracy'], 0)} for {_with_the(row)}" for row in compared_with]
         who = "The selector" if run.num_adapters == 1 else "The selector of a client’s group"
         who = "A client’s own selector" if run.cfg.selectors.population == "local" else who
         compared = f" (against {', '.join([*others, '50% for chance'])})"
