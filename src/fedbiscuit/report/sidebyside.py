@@ -211,6 +211,7 @@ def _lines(figure: Figure, section: Section) -> None:
             axes.plot(*zip(*points, strict=True), color=colour_of(number), marker=marker_of(number), label=method.name)
     axes.axhline(0.5, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_xlabel("round")
+    axes.set_title("agreement with validation choices, mean over seeds", color=colour("muted"), fontsize=12.5)
     percents(axes.yaxis)
     whole_numbers(axes.xaxis)
     figure.legend(loc="outside upper left", ncols=1)
