@@ -305,7 +305,9 @@ class EvaluationSettings(Section):
 
     num_prompts: Count = Field(50, description="held-out prompts for raw against aligned policy")
     batch_size: Count = Field(16, description="comparisons at a time")
-    max_comparisons: CountOrOff = Field(0, description="test comparisons a client; 0: all")
+    max_comparisons: CountOrOff = Field(
+        0, description="test comparisons a client (for the temperature: validation ones); 0: all"
+    )
     greedy: bool = Field(False, description="compare greedy answers instead of sampled ones")
     bootstrap: Count = Field(1000, description="resamples of the confidence intervals")
     compare_global: bool = Field(

@@ -1,4 +1,4 @@
-"""Does the method still work? Slow runs with the real SmolLM2 (`make quality`, about three quarters of an hour on two cores)."""
+"""Does the method still work? Slow runs with the real SmolLM2 (`make quality`, about an hour and a half on two cores)."""
 
 from __future__ import annotations
 

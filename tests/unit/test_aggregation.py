@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedbiscuit.config import FederatedSettings
-from fedbiscuit.federated.aggregation import AGGREGATORS, CLIP_WINDOW, aggregate, clip_limit, server_step, shares
+from fedbiscuit.federated.aggregation import AGGREGATORS, CLIP_WINDOW, Pool, clip_limit, server_step, shares
 from fedbiscuit.types import FederationError, Reply, Weights
+
+
+def aggregate(
+    replies: Mapping[str, Reply], num_clients: int, cfg: FederatedSettings, clip_norm: float = math.inf
+) -> Weights:
+    """One delta from these replies."""
+    pool = Pool(cfg)
+    for client in sorted(replies):
+        pool.add(replies[client])
+    return pool.delta(num_clients, clip_norm)
 
 
 def settings_of(**changes: Any) -> FederatedSettings:

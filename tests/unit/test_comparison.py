@@ -91,3 +91,11 @@ def test_policies_have_a_row_for_each_judge():
         ["one", "vote", "1", "0.750", "0.750", "12.0", "20.5"],
         ["one", "truth", "1", "0.500", "0.500", "12.0", "20.5"],
     ]
+
+
+def test_policies_that_were_aligned_otherwise_are_rows_of_their_own():
+    runs = [run({"ann": 0.5}, "alignment.soft_labels=true"), run({"ann": 0.5}, "generation.num_completions=4")]
+    assert [method.name for method in _methods(runs)] == [
+        "FedBis, soft_labels True, num_completions 2",
+        "FedBis, soft_labels False, num_completions 4",
+    ]

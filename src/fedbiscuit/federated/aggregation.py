@@ -25,7 +25,6 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "Pool",
     "Rule",
-    "aggregate",
     "clip_limit",
     "server_step",
     "shares",
@@ -86,43 +85,33 @@ class Pool:
         return _unstacked(total * scale, deltas[0])
 
 
-def aggregate(
-    replies: Mapping[ClientId, Reply], num_clients: int, cfg: FederatedSettings, clip_norm: float = float("inf")
-) -> Weights:
-    """One delta from all replies of one adapter, by a ``Pool``."""
-    pool = Pool(cfg)
-    for client in sorted(replies):
-        pool.add(replies[client])
-    return pool.delta(num_clients, clip_norm)
-
-
 class _RunningMean:
-    """The weighted mean (FedAvg), summed up in float64 as deltas come."""
+    """The weighted mean (FedAvg), summed up in float64 as deltas come.
+
+    Clients that all claim no examples weigh the same; next to one that has some they weigh nothing.
+    """
 
     def __init__(self, weights: str) -> None:
-        self._weights = weights
+        self._equal = weights == "equal"
         self._like: Weights = {}
         self._sums: dict[str, Tensor] = {}
         self._total = 0
+        self._nobody_has_examples = True
 
     def add(self, delta: Weights, num_examples: int) -> None:
-        """Clients that all claim no examples weigh the same; next to one that has some they weigh nothing."""
-        weight = 1 if self._weights == "equal" else num_examples
-        if not self._sums or (self._total <= 0 < weight):
-            self._like = delta
+        weight = 1 if self._equal else num_examples
+        if self._nobody_has_examples and (weight > 0 or not self._sums):
+            self._like, self._total = delta, 0
             self._sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in delta.items()}
-            self._total = 0
-        if weight == 0 and self._total <= 0:  # counted below zero as long as nobody has examples
-            self._total -= 1
-            weight = 1
-        else:
-            self._total += weight
+            self._nobody_has_examples = weight == 0
+        weight = 1 if self._nobody_has_examples else weight
+        self._total += weight
         for name, total in self._sums.items():
             total.add_(delta[name].detach().to(total), alpha=weight)
 
     def mean(self, scale: float) -> Weights:
         """The mean so far times ``scale``, in the dtypes of the deltas."""
-        factor = scale / abs(self._total)
+        factor = scale / self._total
         return {name: (total * factor).to(self._like[name].dtype) for name, total in self._sums.items()}
 
 

@@ -13,7 +13,7 @@ from fedbiscuit.data.partition import named_groups
 from fedbiscuit.evaluation.metrics import Judged, calibration, longer_answer, summarize
 from fedbiscuit.evaluation.selectors import fit_temperature, judge_by_group, judge_by_vote, score_clients
 from fedbiscuit.evaluation.winrate import win_rate
-from fedbiscuit.federated.grouping import adjusted_rand_index
+from fedbiscuit.federated.grouping import adjusted_rand_index, choose_seat
 from fedbiscuit.models.selector import choice_probability, letter_margins, vote
 from fedbiscuit.pipeline.labels import write, write_raw
 from fedbiscuit.pipeline.session import Session, resolved
@@ -159,15 +159,12 @@ def _judge_new_clients(session: Session, adapters: Sequence[Weights]) -> dict[st
         return {}
     test = {client: data.test[:limit] for client, data in clients.items()}
     scores = score_clients(session.selector, adapters, test, None, cfg.evaluation.batch_size)
-    prices = (0.0,) * len(adapters)
     seats = {}
     for client, data in clients.items():
         memory = Memory()
         answer(Task("evaluate", client, cfg.selectors.rounds, dict(enumerate(adapters))), data, session.desk, memory)
-        seats[client] = answer(
-            Task("seat", client, cfg.selectors.rounds, prices=prices), data, session.desk, memory
-        ).seat
-    fitting = judge_by_group(scores, {client: seat or 0 for client, seat in seats.items()})
+        seats[client] = choose_seat(memory.losses, (0.0,) * len(adapters), client)
+    fitting = judge_by_group(scores, seats)
     if len(adapters) == 1:
         judged = {"new clients, one global selector": fitting}
     else:

@@ -23,9 +23,9 @@ __all__ = ["Difference", "Method", "Section", "compare", "read_sections"]
 
 WITHOUT_INFLUENCE = (
     "name", "runs_dir", "seed", "evaluation", "model.threads", "model.trunk_gigabytes", "data.path", "selectors.save_every",
-    "selectors.keep_every", "selectors.eval_every", "selectors.eval_comparisons", "generation", "labels", "alignment",
+    "selectors.keep_every", "selectors.eval_every", "selectors.eval_comparisons",
 )  # fmt: skip
-"""Settings that do not make another selector, or only the seed's kind of another one."""
+"""Settings that make no other result, or only the seed's kind of another one."""
 
 ByClient = Mapping[ClientId, float]
 
@@ -166,7 +166,7 @@ def _kind(cfg: Config) -> str:
 
 
 def _settings(cfg: Config) -> dict[str, str]:
-    """Every setting that can make another selector, by its path."""
+    """Every setting that can make another result, by its path."""
     flat: dict[str, str] = {}
 
     def walk(value: Any, path: str) -> None:
