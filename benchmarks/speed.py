@@ -196,7 +196,7 @@ def whole_run(bench: Bench) -> Iterator[Result]:
         settings = [
             f"data.path={data}", f"model.base={bench.options.model}", "data.max_tokens=512", f"runs_dir={folder}",
             "model.lora.dropout=0", "selectors.num_adapters=3", "selectors.cohort_size=3", "selectors.warmup_rounds=1",
-            "selectors.rounds=6", "selectors.regroup_every=2", "selectors.local.steps=2", "selectors.local.batch_size=2",
+            "selectors.rounds=5", "selectors.regroup_every=2", "selectors.local.steps=1", "selectors.local.batch_size=2",
             "selectors.eval_every=0",
         ]  # fmt: skip
         config = Path(folder) / "config.yaml"
@@ -209,7 +209,7 @@ def whole_run(bench: Bench) -> Iterator[Result]:
             return time.perf_counter() - start
 
         seconds = run([str(HERE / "plain_run.py")], "plain"), run(["-m", "fedbiscuit"], "ours")
-    yield Result("a whole run: 8 clients, 3 adapters, 6 rounds, 512 tokens", seconds, (0, 0), (0, 0), 0)
+    yield Result("a whole run: 8 clients, 3 adapters, 5 rounds, 512 tokens", seconds, (0, 0), (0, 0), 0)
 
 
 class Nobody:
