@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedbiscuit.config import parse_config
-from fedbiscuit.report.comparison import Method, Section, _methods, compare, mean_and_interval
+from fedbiscuit.report.comparison import Method, Section, _methods, _title, compare, mean_and_interval
 from fedbiscuit.report.reading import RunView
 from fedbiscuit.report.sidebyside import tables_of
 from fedbiscuit.types import ConfigError
@@ -41,6 +41,12 @@ def test_the_paired_interval_is_narrow_where_all_clients_gain_alike():
     _, wide = mean_and_interval(Method("a", (run(base),)).by_client(), ("a",))
     assert wide is not None
     assert wide[1] - wide[0] > 0.2
+
+
+def test_the_title_says_how_many_comparisons_whatever_the_seed():
+    two, one = run({"ann": 0.5, "bo": 0.6}, "seed=0"), run({"ann": 0.7}, "seed=1")
+    assert _title([two]).endswith(": 2 clients with 20 test comparisons")
+    assert _title([two, one]).endswith(": 1 to 2 clients with 10 to 20 test comparisons")
 
 
 def test_seeds_are_averaged_after_clients():

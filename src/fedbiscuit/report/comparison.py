@@ -7,7 +7,7 @@ client and seed by seed, and their intervals come from resampling clients.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,7 +89,7 @@ def read_sections(run_dirs: Sequence[Path]) -> list[Section]:
         if not run.selectors:
             raise ConfigError(f"{folder}: has no evaluated selectors; run `fedbiscuit evaluate {folder}` first")
         sections.setdefault(_tested_on(run), []).append(run)
-    return [Section(_title(runs[0]), tuple(_methods(runs))) for runs in sections.values()]
+    return [Section(_title(runs), tuple(_methods(runs))) for runs in sections.values()]
 
 
 def compare(method: Method, other: Method, key: tuple[object, ...] = ("compare",)) -> Difference | None:
@@ -129,12 +129,18 @@ def _tested_on(run: RunView) -> tuple[Any, ...]:
     return digests, run.cfg.data.partition, run.cfg.data.demo, run.cfg.evaluation.max_comparisons
 
 
-def _title(run: RunView) -> str:
-    counts = Counter(one["comparisons"] for one in run.selectors["clients"].values())
-    tested = f"{counts.total()} clients with {sum(size * many for size, many in counts.items())} test comparisons"
-    paths = run.cfg.data.path
-    name = "/".join(Path(paths[0]).parts[-2:]) if paths else run.cfg.data.source
+def _title(runs: Sequence[RunView]) -> str:
+    """What they were tested on. Which clients take part, and so how many comparisons, may depend on the seed."""
+    sizes = [[one["comparisons"] for one in run.selectors["clients"].values()] for run in runs]
+    tested = f"{_range(map(len, sizes))} clients with {_range(map(sum, sizes))} test comparisons"
+    data = runs[0].cfg.data
+    name = "/".join(Path(data.path[0]).parts[-2:]) if data.path else data.source
     return f"{name}: {tested}"
+
+
+def _range(counts: Iterable[int]) -> str:
+    seen = sorted(set(counts))
+    return str(seen[0]) if len(seen) == 1 else f"{seen[0]} to {seen[-1]}"
 
 
 def _methods(runs: Sequence[RunView]) -> Iterator[Method]:
