@@ -38,7 +38,8 @@ def test_the_paired_interval_is_narrow_where_all_clients_gain_alike():
     assert found is not None
     assert found.interval is not None
     assert found.interval == pytest.approx([0.05, 0.05])
-    _, wide = mean_and_interval(Method("a", (run(base),)).by_client(), ("a",))
+    assert compare(Method("named otherwise", (run(better),)), Method("a", (run(base),))) == found
+    _, wide = mean_and_interval(Method("a", (run(base),)).by_client())
     assert wide is not None
     assert wide[1] - wide[0] > 0.2
 
@@ -50,24 +51,29 @@ def test_the_title_says_how_many_comparisons_whatever_the_seed():
 
 
 def test_seeds_are_averaged_after_clients():
-    value, _ = mean_and_interval({0: {"ann": 0.0, "bo": 1.0}, 1: {"ann": 1.0}}, ("x",))
+    value, _ = mean_and_interval({0: {"ann": 0.0, "bo": 1.0}, 1: {"ann": 1.0}})
     assert value == pytest.approx((0.5 + 1.0) / 2)
 
 
 def test_runs_of_one_kind_are_named_by_what_differs_and_seeds_are_one_row():
     biscuit = ("selectors.num_adapters=2", "selectors.warmup_rounds=1")
-    layers = "model.lora.layers_to_transform=[3, 4, 5]"
+    rule = ("selectors.grouping=greedy", "selectors.regroup_every=7")
     runs = [run({"ann": 0.5}, f"seed={seed}", *biscuit, f"name=r{seed}") for seed in (1, 0)]
-    runs += [run({"ann": 0.5}, "selectors.num_adapters=1"), run({"ann": 0.5}, *biscuit, layers)]
+    runs += [run({"ann": 0.5}, "selectors.num_adapters=1"), run({"ann": 0.5}, *biscuit, *rule)]
     runs += [run({"ann": 0.5}, *biscuit, "selectors.grouping=fixed"), run({"ann": 0.5}, "selectors.population=local")]
-    methods = list(_methods(runs))
-    assert [(method.name, method.seeds) for method in methods] == [
-        ("FedBiscuit, U = 2, layers_to_transform ()", (0, 1)),
+    assert [(method.name, method.seeds) for method in _methods(runs)] == [
+        ("FedBiscuit, U = 2, grouping prices, regroup_every 10", (0, 1)),
         ("FedBis", (0,)),
-        ("FedBiscuit, U = 2, layers_to_transform 3 to 5", (0,)),
+        ("FedBiscuit, U = 2, grouping greedy, regroup_every 7", (0,)),
         ("told the 2 groups", (0,)),
         ("local only", (0,)),
     ]
+
+
+def test_a_method_with_another_budget_says_so_beside_methods_of_other_kinds():
+    told = ("selectors.num_adapters=2", "selectors.grouping=fixed", "selectors.warmup_rounds=0", "selectors.rounds=20")
+    runs = [run({"ann": 0.5}, "selectors.rounds=30"), run({"ann": 0.7}, *told)]
+    assert [method.name for method in _methods(runs)] == ["FedBis, rounds 30", "told the 2 groups, rounds 20"]
 
 
 def test_the_same_run_twice_is_refused():

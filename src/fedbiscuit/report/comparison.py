@@ -6,7 +6,6 @@ client and seed by seed, and their intervals come from resampling clients.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,11 @@ WITHOUT_INFLUENCE = (
     "selectors.keep_every", "selectors.eval_every", "selectors.eval_comparisons",
 )  # fmt: skip
 """Settings that make no other result, or only the seed's kind of another one."""
+
+OF_A_KIND = (
+    "selectors.population", "selectors.num_adapters", "selectors.warmup_rounds", "selectors.regroup_every", "selectors.group",
+)  # fmt: skip
+"""How settings begin that make the kind of a method, or mean something to some kinds only."""
 
 ByClient = Mapping[ClientId, float]
 
@@ -92,7 +96,7 @@ def read_sections(run_dirs: Sequence[Path]) -> list[Section]:
     return [Section(_title(runs), tuple(_methods(runs))) for runs in sections.values()]
 
 
-def compare(method: Method, other: Method, key: tuple[object, ...] = ("compare",)) -> Difference | None:
+def compare(method: Method, other: Method) -> Difference | None:
     """``method`` minus ``other``, paired by seed and client; None where they have no client of one seed in common."""
     mine, theirs = method.by_client(), other.by_client()
     gains: dict[ClientId, list[float]] = {}
@@ -102,18 +106,18 @@ def compare(method: Method, other: Method, key: tuple[object, ...] = ("compare",
     means = [mean(gains[client]) for client in sorted(gains)]
     if not means:
         return None
-    interval = bootstrap_interval(means, (*key, method.name, other.name)) if len(means) >= FEWEST else None
+    interval = bootstrap_interval(means, ("compare",)) if len(means) >= FEWEST else None
     return Difference(mean(means), interval, sum(gain > 0 for gain in means), sum(gain < 0 for gain in means))
 
 
-def mean_and_interval(by_seed: Mapping[int, ByClient], key: tuple[object, ...]) -> tuple[float, list[float] | None]:
+def mean_and_interval(by_seed: Mapping[int, ByClient]) -> tuple[float, list[float] | None]:
     """The mean over clients, then over seeds, and its interval from resampling clients with their mean over seeds."""
     clients: dict[ClientId, list[float]] = {}
     for accuracies in by_seed.values():
         for client, accuracy in accuracies.items():
             clients.setdefault(client, []).append(accuracy)
     means = [mean(clients[client]) for client in sorted(clients)]
-    interval = bootstrap_interval(means, key) if len(means) >= FEWEST else None
+    interval = bootstrap_interval(means, ("compare",)) if len(means) >= FEWEST else None
     return mean(mean(accuracies.values()) for accuracies in by_seed.values()), interval
 
 
@@ -147,16 +151,15 @@ def _methods(runs: Sequence[RunView]) -> Iterator[Method]:
     groups: dict[tuple[Any, ...], list[RunView]] = {}
     for run in runs:
         groups.setdefault(tuple(sorted(_settings(run.cfg).items())), []).append(run)
-    kinds = Counter(_kind(held[0].cfg) for held in groups.values())
-    for held in groups.values():
+    for settings, held in groups.items():
         seeds = [run.cfg.seed for run in held]
         if len(set(seeds)) < len(seeds):
             raise ConfigError(
                 f"two of the runs have the same settings and the same seed ({min(seeds)}); give one of them"
             )
         kind = _kind(held[0].cfg)
-        alike = [dict(settings) for settings in groups if _kind(groups[settings][0].cfg) == kind]
-        told = _what_differs(_settings(held[0].cfg), alike) if kinds[kind] > 1 else ""
+        alike = [dict(others) for others, theirs in groups.items() if _kind(theirs[0].cfg) == kind]
+        told = _what_differs(dict(settings), alike, [dict(others) for others in groups])
         yield Method(f"{kind}{told}", tuple(sorted(held, key=lambda run: run.cfg.seed)))
 
 
@@ -196,9 +199,15 @@ def _told(value: Any) -> str:
     return str(value)
 
 
-def _what_differs(settings: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> str:
-    """The settings by which this one differs from the others of its kind, in words."""
+def _unlike(settings: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> set[str]:
+    return {key for other in others for key in settings.keys() | other.keys() if settings.get(key) != other.get(key)}
+
+
+def _what_differs(
+    settings: Mapping[str, str], alike: Sequence[Mapping[str, str]], all_rows: Sequence[Mapping[str, str]]
+) -> str:
+    """In words: settings unlike another row's of the same kind, or any row's unless they belong to the kind."""
     keys = sorted(
-        {key for other in alike for key in settings.keys() | other.keys() if settings.get(key) != other.get(key)}
+        _unlike(settings, alike) | {key for key in _unlike(settings, all_rows) if not key.startswith(OF_A_KIND)}
     )
     return "".join(f", {key.rsplit('.', 1)[-1]} {settings.get(key, 'unset')}" for key in keys)

@@ -70,7 +70,7 @@ def _agreement(section: Section) -> Table:
         seed: {client: one["baseline_longer"] for client, one in run.selectors["clients"].items()}
         for seed, run in longer.items()
     }
-    value, interval = mean_and_interval(held, ("the longer answer",))
+    value, interval = mean_and_interval(held)
     new = [_new(run, "new clients, the longer answer") for run in longer.values()]
     rows.append(
         (
@@ -93,7 +93,7 @@ def _agreement(section: Section) -> Table:
 
 def _agreement_row(method: Method, name: str, place: int, key: str, new: str) -> tuple[str, ...]:
     by_seed = method.by_client(key)
-    value, interval = mean_and_interval(by_seed, (name,))
+    value, interval = mean_and_interval(by_seed)
     orders = method.row("accuracy_in_order", place)
     in_order = [_mean([pair[i] for pair in orders if pair]) for i in (0, 1)]
     rand = method.each(lambda run: run.selectors.get("adjusted_rand_index")) if place == 0 else []
@@ -188,7 +188,7 @@ def _figures(section: Section) -> list[tuple[str, str]]:
 def _dots(figure: Figure, section: Section) -> None:
     axes = figure.subplots()
     for y, method in enumerate(section.methods):
-        value, interval = mean_and_interval(method.by_client(), (method.name,))
+        value, interval = mean_and_interval(method.by_client())
         low, high = interval or (value, value)
         axes.plot([low, high], [y, y], color=colour("main"), linewidth=3, solid_capstyle="round")
         seeds = [mean(accuracies.values()) for accuracies in method.by_client().values()]
