@@ -369,7 +369,8 @@ def test_fault_84_ctrl_c_says_how_to_resume_and_exits_with_130(calls, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_fault_84_a_signal_to_the_process_exits_with_130(number, tmp_path):
     program = (
-        "import sys, time, types\n"
+        "import signal, sys, time, types\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "import fedbiscuit\n"
         "from fedbiscuit import cli\n"
         "def work(cfg, **_):\n    print('working', flush=True)\n    time.sleep(60)\n"
