@@ -184,7 +184,11 @@ class FederatedSettings(Section):
     num_adapters: Count = Field(1, description="U; 1 is FedBis, more is FedBiscuit")
     rounds: Count = Field(100, description="T")
     cohort_size: CountOrOff = Field(5, description="K, clients a round; 0: all")
+    cohort_sampling: Literal["uniform", "stratified"] = Field(
+        "uniform", description="stratified: after the warm-up, as many clients of each group as of any other"
+    )
     warmup_rounds: CountOrOff = Field(10, description="W, warm-up rounds per adapter, when there are several")
+    warmup_cohort_size: CountOrOff = Field(0, description="clients a round in the warm-up; 0: cohort_size")
     regroup_every: Count = Field(10, description="G, rounds between regroupings")
     grouping: Literal["prices", "optimal", "greedy", "nearest", "fixed"] = Field(
         "prices",
@@ -366,16 +370,19 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
             f"{chosen.rounds} rounds end within the warm-up ({chosen.num_adapters} adapters x {chosen.warmup_rounds} "
             f"warmup_rounds = {warmup}), so clients would never be grouped; set rounds above {warmup}",
         )
-    if chosen.population == "federated" and 0 < chosen.cohort_size < least_replies(chosen):
-        yield (
-            "selectors.cohort_size",
-            f"{chosen.cohort_size} clients are too few for {chosen.aggregator} with these settings; it needs "
-            f"{least_replies(chosen)} replies an adapter",
-        )
+    cohorts = {"cohort_size": chosen.cohort_size, "warmup_cohort_size": chosen.warmup_cohort_size if warmup else 0}
+    for key, size in cohorts.items():
+        if chosen.population == "federated" and 0 < size < least_replies(chosen):
+            yield (
+                f"selectors.{key}",
+                f"{size} clients are too few for {chosen.aggregator} with these settings; it needs "
+                f"{least_replies(chosen)} replies an adapter",
+            )
     made = cfg.data.demo.num_clients if cfg.data.source == "demo" else cfg.data.partition.num_clients
     if chosen.population == "federated" and made:
         for key, number in (
             ("cohort_size", chosen.cohort_size),
+            ("warmup_cohort_size", chosen.warmup_cohort_size),
             ("num_adapters", chosen.num_adapters),
             ("grouping_cohort", chosen.grouping_cohort),
         ):
@@ -400,8 +407,9 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "policy_model.threads", "must be that of model: the number of threads is one for the whole process"
     if chosen.patience and not chosen.eval_every:
         yield "selectors.patience", "early stopping needs evaluations; set eval_every"
-    if chosen.population == "federated" and 0 < chosen.cohort_size < chosen.min_replies:
-        yield "selectors.min_replies", f"{chosen.min_replies} replies cannot come from a cohort of {chosen.cohort_size}"
+    for size in cohorts.values():
+        if chosen.population == "federated" and 0 < size < chosen.min_replies:
+            yield "selectors.min_replies", f"{chosen.min_replies} replies cannot come from a cohort of {size}"
 
 
 # In: YAML and overrides -> Config

@@ -6,6 +6,7 @@ that went in is never changed, nor are its tensors.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ __all__ = [
     "phase_of",
     "regroup_is_due",
     "sample_cohort",
+    "sample_evenly",
     "trained_part",
 ]
 
@@ -108,6 +110,20 @@ def sample_cohort(clients: Sequence[ClientId], size: int, rng: random.Random) ->
     return sorted(rng.sample(sorted(clients), size or len(clients)))
 
 
+def sample_evenly(grouping: Grouping, size: int, rng: random.Random) -> list[ClientId]:
+    """``size`` clients without replacement, as many of each group as of any other, sorted by name; 0 takes all.
+
+    Which groups give one more, where it does not come out even, is drawn too. A group that is used up gives no more.
+    """
+    if size > len(grouping):
+        raise FederationError(f"a cohort of {size} cannot be drawn from {len(grouping)} clients; use a smaller one")
+    order = rng.sample(sorted(grouping), len(grouping))
+    groups = [[client for client in order if grouping[client] == u] for u in sorted(set(grouping.values()))]
+    rng.shuffle(groups)
+    in_turn = [client for turn in itertools.zip_longest(*groups) for client in turn if client is not None]
+    return sorted(in_turn[: size or len(in_turn)])
+
+
 def assign(cohort: Sequence[ClientId], round: int, grouping: Grouping, cfg: FederatedSettings) -> dict[ClientId, int]:
     """Who trains which adapter: in the warm-up all the same one, then each the one of its group."""
     if phase_of(round, cfg) == "warmup":
@@ -134,8 +150,7 @@ def _train_a_cohort(
 ) -> tuple[dict[ClientId, int], dict[int, Pool]]:
     """The first cohort of which enough clients sent a good reply: its adapters, and these replies by adapter."""
     for attempt in range(cfg.max_attempts):
-        rng = rng_for(seed, state.round, attempt, "cohort")
-        cohort = sample_cohort(exchange.clients, cfg.cohort_size, rng)
+        cohort = _cohort(exchange, state.round, grouping, cfg, rng_for(seed, state.round, attempt, "cohort"))
         if cfg.min_replies > len(cohort):
             raise FederationError(f"min_replies is {cfg.min_replies}, but a cohort has only {len(cohort)} clients")
         adapter_of = assign(cohort, state.round, grouping, cfg)
@@ -147,6 +162,17 @@ def _train_a_cohort(
         f"round {state.round}: fewer than {cfg.min_replies} good replies from each of {cfg.max_attempts} cohorts,"
         f" so nothing was changed ({reasons}); mend these clients, or lower min_replies, and resume"
     )
+
+
+def _cohort(
+    exchange: Exchange, round: int, grouping: Grouping, cfg: FederatedSettings, rng: random.Random
+) -> list[ClientId]:
+    """Who trains in a round: in the warm-up a cohort of its own size, later perhaps as many of each group."""
+    if phase_of(round, cfg) == "warmup":
+        return sample_cohort(exchange.clients, cfg.warmup_cohort_size or cfg.cohort_size, rng)
+    if cfg.cohort_sampling == "stratified":
+        return sample_evenly({client: grouping[client] for client in exchange.clients}, cfg.cohort_size, rng)
+    return sample_cohort(exchange.clients, cfg.cohort_size, rng)
 
 
 def _train(

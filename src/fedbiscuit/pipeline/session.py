@@ -237,11 +237,12 @@ def resolved(settings: FederatedSettings, clients: Mapping[ClientId, ClientData]
             "scale": "cohort",
         }
         settings = settings.model_copy(update=update)
-    if settings.cohort_size > len(holders):
-        raise ConfigError(
-            f"selectors.cohort_size: {settings.cohort_size}, but only {len(holders)} clients have comparisons to train on; "
-            f"use at most {len(holders)}, or 0 for all"
-        )
+    for key, size in (("cohort_size", settings.cohort_size), ("warmup_cohort_size", settings.warmup_cohort_size)):
+        if size > len(holders):
+            raise ConfigError(
+                f"selectors.{key}: {size}, but only {len(holders)} clients have comparisons to train on; "
+                f"use at most {len(holders)}, or 0 for all"
+            )
     if settings.num_adapters > len(holders):
         raise ConfigError(
             f"selectors.num_adapters: {settings.num_adapters} for {len(holders)} clients; use at most one each"

@@ -27,7 +27,8 @@ WITHOUT_INFLUENCE = (
 """Settings that make no other result, or only the seed's kind of another one."""
 
 OF_A_KIND = (
-    "selectors.population", "selectors.num_adapters", "selectors.warmup_rounds", "selectors.regroup_every", "selectors.group",
+    "selectors.population", "selectors.num_adapters", "selectors.warmup_", "selectors.regroup_every", "selectors.group",
+    "selectors.cohort_sampling",
 )  # fmt: skip
 """How settings begin that make the kind of a method, or mean something to some kinds only."""
 
