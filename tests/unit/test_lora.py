@@ -81,13 +81,23 @@ def test_the_adapter_can_still_be_switched_off_and_the_lowest_layer_needs_no_gra
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
 
 
-def test_an_adapter_in_another_dtype_than_its_layer_keeps_pefts_way():
+def test_a_float32_adapter_of_a_bfloat16_layer_is_computed_in_bfloat16_and_its_gradients_stay_float32():
     model = layer(False, 0.0, (4, 3), 2)
     model.base_model.model[0].base_layer.to(torch.bfloat16)
     x = torch.randn(2, 4, dtype=torch.bfloat16)
     expected = model(x)
+    expected.float().sum().backward()
+    theirs = {n: p.grad.clone() for n, p in model.named_parameters() if "lora_" in n}
+    model.zero_grad()
     fuse_lora(model)
-    assert torch.equal(model(x), expected)
+    out = model(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(out, expected, rtol=0.02, atol=0.02)
+    out.float().sum().backward()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            assert parameter.grad.dtype == torch.float32
+            assert torch.allclose(parameter.grad, theirs[name], rtol=0.03, atol=0.03)
 
 
 def test_layers_of_another_kind_are_left_alone():

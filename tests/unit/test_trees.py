@@ -46,6 +46,27 @@ def test_the_calls_cover_each_token_once_and_their_masks_say_the_same(batch, min
     assert covered == place.tolist()
 
 
+@given(sequences, st.integers(1, 4))
+def test_side_by_side_each_token_sees_the_same(batch, min_shared):
+    forest = pack(batch, min_shared=min_shared, side_by_side=1000)
+    place = torch.arange(len(forest.tokens))
+    visible = (place[None] <= place[:, None]) & (place[:, None] < forest.reach[None])
+    trees = forest.side_by_side
+    (mask,) = forest.masks(None, torch.float32)
+    assert trees.places.flatten()[trees.real].tolist() == place.tolist()
+    row, column = trees.real // trees.places.shape[1], trees.real % trees.places.shape[1]
+    shown = mask[row, 0, column] == 0
+    for token in place.tolist():
+        seen = shown[token].nonzero()[:, 0]
+        assert trees.places[row[token], seen].tolist() == visible[token].nonzero()[:, 0].tolist()
+    assert bool((mask == 0).any(-1).all())
+
+
+def test_trees_longer_than_the_limit_are_computed_call_by_call():
+    assert pack([[1] * 9, [2] * 5], side_by_side=8).side_by_side is None
+    assert pack([[1] * 9, [2] * 5], side_by_side=9).side_by_side is not None
+
+
 def test_two_orders_of_a_comparison_share_their_prompt():
     prompt = list(range(20))
     forest = pack([[*prompt, 1, 2, 3], [*prompt, 3, 2, 1]])
@@ -79,8 +100,10 @@ trees = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=40), min_siz
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_a_packed_row_gives_the_logits_of_the_separate_sequences(load_tiny, family):
+@pytest.mark.parametrize("side_by_side", [0, 1000])
+def test_a_packed_row_gives_the_logits_of_the_separate_sequences(load_tiny, family, side_by_side):
     lm = load_tiny(family)
+    lm.side_by_side = side_by_side
     give_adapter_a_life(lm)
 
     @given(st.lists(st.integers(0, 255), min_size=1, max_size=40), trees)
@@ -101,8 +124,12 @@ def test_a_packed_row_gives_the_logits_of_the_separate_sequences(load_tiny, fami
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_in_training_mode_equal_those_of_the_separate_sequences(load_tiny, family, checkpointing):
+@pytest.mark.parametrize("side_by_side", [0, 1000])
+def test_gradients_in_training_mode_equal_those_of_the_separate_sequences(
+    load_tiny, family, checkpointing, side_by_side
+):
     lm = load_tiny(family, gradient_checkpointing=checkpointing)
+    lm.side_by_side = side_by_side
     give_adapter_a_life(lm)
     lm.model.train()
     stem = list(range(60))

@@ -32,7 +32,7 @@ from torch import Tensor
 from fedbiscuit.config import LoraSettings, ModelSettings
 from fedbiscuit.models.decoding import Cache
 from fedbiscuit.models.lora import fuse_lora
-from fedbiscuit.models.trees import ATTENTION, Forest, pack, tree_attention
+from fedbiscuit.models.trees import ATTENTION, SIDE_BY_SIDE, Forest, pack, tree_attention
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError, Weights, seed_for
 
 __all__ = ["LM", "load_lm", "load_tokenizer", "resolve_model"]
@@ -61,6 +61,7 @@ class LM:
         self.name = name
         self.digest = digest
         self.device = next(model.parameters()).device
+        self.side_by_side = SIDE_BY_SIDE if self.device.type != "cpu" else 0
         self.start: tuple[int, ...] = tuple(t for t in tokenizer("").input_ids if t != tokenizer.eos_token_id)
         self._causal: Any = model.get_base_model()
         self._slots = {
@@ -260,7 +261,7 @@ class LM:
 
     def pack(self, sequences: Sequence[Sequence[int]]) -> Forest:
         """``trees.pack`` on this model's device."""
-        return pack(sequences, self.device)
+        return pack(sequences, self.device, side_by_side=self.side_by_side)
 
     @contextlib.contextmanager
     def padded(self) -> Iterator[Any]:

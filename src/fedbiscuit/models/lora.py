@@ -19,7 +19,8 @@ __all__ = ["fuse_lora"]
 def fuse_lora(model: torch.nn.Module, adapter: str = "default") -> int:
     """Let PEFT's plain LoRA layers of one adapter compute in one operation where that is possible; how many there are.
 
-    Layers of another kind (DoRA, a quantized base, an adapter in another dtype than its layer) keep PEFT's own way.
+    Layers of another kind (DoRA, a quantized base) keep PEFT's own way. A float32 adapter of a bfloat16 layer is computed in
+    bfloat16, as autocast does it: PEFT would write the layer's input as float32 first.
     """
     fused = 0
     for module in model.modules():
@@ -53,8 +54,9 @@ class _Fused:
         base = module.get_base_layer()
         a, b = module.lora_A[name].weight, module.lora_B[name].weight
         plain = not (args or kwargs or module.disable_adapters or module.merged) and module.active_adapters == [name]
-        if not plain or not a.dtype == b.dtype == x.dtype == base.weight.dtype:
+        if not plain or x.dtype != base.weight.dtype:
             return self._peft(x, *args, **kwargs)
+        a, b = a.to(x.dtype), b.to(x.dtype)
         dropout = module.lora_dropout[name]
         drops = module.training and getattr(dropout, "p", 0.0) > 0
         read = dropout(x) if drops else None

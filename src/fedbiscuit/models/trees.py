@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedbiscuit.models.decoding import Cache
 
-__all__ = ["ATTENTION", "Forest", "pack", "tree_attention"]
+__all__ = ["ATTENTION", "SIDE_BY_SIDE", "Forest", "pack", "tree_attention"]
 
 ATTENTION = "fedbiscuit_tree"
 """The name under which ``tree_attention`` is registered with transformers."""
@@ -34,6 +34,9 @@ MIN_SHARED = 8
 
 MAX_DENSE = 192
 """A subtree of at most so many tokens is one attention call with a mask; a larger one is a call per node."""
+
+SIDE_BY_SIDE = 1024
+"""On a GPU, where a call costs more than padding does, trees of at most so many tokens each are one attention call."""
 
 
 Spans = tuple[tuple[int, int], ...]
@@ -58,6 +61,18 @@ class Call:
     start: int
     stop: int
     spans: Spans
+    is_chain: bool
+    """Whether they see each other causally and nothing else, as in a node at the root."""
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """The B trees of a row as a padded batch of L places: places (B, L) in the row, 0 where there is padding; real (T,) which
+    of the B L places are not padding, in the row's order.
+    """
+
+    places: Tensor
+    real: Tensor
 
 
 @dataclass
@@ -65,7 +80,8 @@ class Forest:
     """Packed sequences. ``T`` tokens in the row, ``n`` sequences.
 
     tokens, positions, reach: (T,) int64. ``paths[i]`` holds the places in the row of the tokens of sequence ``i``, in
-    order; ``last`` (n,) the place of each sequence's last token.
+    order; ``last`` (n,) the place of each sequence's last token. Attention is computed call by call, or with
+    ``side_by_side`` in one.
     """
 
     tokens: Tensor
@@ -74,6 +90,7 @@ class Forest:
     last: Tensor
     paths: list[np.ndarray]
     calls: list[Call]
+    side_by_side: SideBySide | None = None
     _masks: dict[tuple[Any, ...], list[Tensor | None]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -86,8 +103,26 @@ class Forest:
         """
         key = (window, dtype)
         if key not in self._masks:
-            self._masks[key] = [self._mask(call, window, dtype) for call in self.calls]
+            if self.side_by_side:
+                self._masks[key] = [self._wide_mask(self.side_by_side, window, dtype)]
+            else:
+                self._masks[key] = [self._mask(call, window, dtype) for call in self.calls]
         return self._masks[key]
+
+    def _wide_mask(self, trees: SideBySide, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(B, 1, L, L). Nobody sees padding but itself, so that no softmax is empty."""
+        places, size = trees.places, trees.places.shape[1]
+        sees = places[:, :, None]
+        seen = places[:, None, :]
+        visible = (seen <= sees) & (sees < self.reach[places][:, None, :])
+        if window is not None:
+            visible &= self.positions[places][:, :, None] - self.positions[places][:, None, :] < window
+        real = torch.zeros(places.numel(), dtype=torch.bool, device=places.device)
+        real[trees.real] = True
+        visible &= real.view(-1, 1, size)
+        visible |= torch.eye(size, dtype=torch.bool, device=places.device)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=places.device)
+        return mask.masked_fill_(~visible, -torch.inf)[:, None]
 
     def _mask(self, call: Call, window: int | None, dtype: torch.dtype) -> Tensor | None:
         device = self.tokens.device
@@ -96,15 +131,21 @@ class Forest:
         visible = (keys[None] <= queries[:, None]) & (queries[:, None] < self.reach[keys][None])
         if window is not None:
             visible &= self.positions[queries][:, None] - self.positions[keys][None] < window
-        if not call.spans and bool((visible == torch.ones_like(visible).tril()).all()):
+        if call.is_chain and (window is None or call.stop - call.start <= window):
             return None
         return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
 
 
 def pack(
-    sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", min_shared: int = MIN_SHARED
+    sequences: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    min_shared: int = MIN_SHARED,
+    side_by_side: int = 0,
 ) -> Forest:
-    """Lay sequences out as a forest of shared prefixes. Equal sequences share everything; none may be empty."""
+    """Lay sequences out as a forest of shared prefixes. Equal sequences share everything; none may be empty.
+
+    ``side_by_side``: where no tree has more tokens than this, all trees are one padded attention call.
+    """
     if not sequences or any(len(sequence) == 0 for sequence in sequences):
         raise ValueError("pack needs at least one sequence, and no empty ones")
     distinct = sorted({tuple(sequence) for sequence in sequences})
@@ -142,6 +183,8 @@ def pack(
         return reach
 
     branch(0, len(distinct), 0, 0, ())
+    roots = tuple((node.start, node.reach) for node in nodes if not node.ancestors)
+    wide = max(b - a for a, b in roots) <= side_by_side
     ordered = [paths[tuple(sequence)] for sequence in sequences]
     reach = np.concatenate([np.full(node.stop - node.start, node.reach) for node in nodes])
     return Forest(
@@ -151,7 +194,16 @@ def pack(
         last=torch.tensor([int(path[-1]) for path in ordered], device=device),
         paths=ordered,
         calls=_calls(nodes),
+        side_by_side=_side_by_side(roots, device) if wide else None,
     )
+
+
+def _side_by_side(trees: Spans, device: torch.device | str) -> SideBySide:
+    """A padded batch of the trees that stand at these places, as long as the longest, rounded up to a multiple of 8."""
+    size = -(-max(b - a for a, b in trees) // 8) * 8
+    within = np.arange(size)[None] < np.array([[b - a] for a, b in trees])
+    places = np.where(within, np.arange(size)[None] + np.array([[a] for a, _ in trees]), 0)
+    return SideBySide(torch.from_numpy(places).to(device), torch.from_numpy(np.flatnonzero(within)).to(device))
 
 
 def tree_attention(
@@ -186,6 +238,12 @@ def tree_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     masks = forest.masks(sliding_window, query.dtype)
+    dropout = dropout if module.training else 0.0
+    if forest.side_by_side:
+        trees = forest.side_by_side
+        q, k, v = (t[0][:, trees.places].transpose(0, 1) for t in (query, key, value))
+        out = _attend(q, k, v, masks[0], scaling, dropout, softcap).transpose(1, 2)
+        return out.reshape(-1, *out.shape[2:])[trees.real][None], None
     outputs = []
     for call, mask in zip(forest.calls, masks, strict=True):
         spans = (*call.spans, (call.start, call.stop))
@@ -195,7 +253,7 @@ def tree_attention(
             _gather(value, spans),
             mask,
             scaling,
-            dropout if module.training else 0.0,
+            dropout,
             softcap,
         )
         outputs.append(out)
@@ -239,7 +297,7 @@ def _calls(nodes: Sequence[Node]) -> list[Call]:
         if node.start < covered:
             continue
         stop = node.reach if node.reach - node.start <= MAX_DENSE else node.stop
-        calls.append(Call(node.start, stop, node.ancestors))
+        calls.append(Call(node.start, stop, node.ancestors, stop == node.stop and not node.ancestors))
         covered = stop
     return calls
 
