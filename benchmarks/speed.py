@@ -69,7 +69,7 @@ class Bench:
             value = loss()
             value.backward()  # type: ignore[no-untyped-call]
             norm = torch.stack([p.grad.norm() for p in self.lm.trainable().values() if p.grad is not None]).norm()
-            return torch.stack([value.detach(), norm.cpu()])
+            return torch.stack([value.detach(), norm]).cpu()
 
         return run
 
