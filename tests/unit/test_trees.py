@@ -46,25 +46,36 @@ def test_the_calls_cover_each_token_once_and_their_masks_say_the_same(batch, min
     assert covered == place.tolist()
 
 
-@given(sequences, st.integers(1, 4))
-def test_side_by_side_each_token_sees_the_same(batch, min_shared):
-    forest = pack(batch, min_shared=min_shared, side_by_side=1000)
+@given(sequences, st.integers(1, 4), st.integers(1, 30))
+def test_side_by_side_each_token_sees_the_same(batch, min_shared, limit):
+    forest = pack(batch, min_shared=min_shared, side_by_side=limit)
+    if forest.side_by_side is None:
+        assert max(call.num_keys for call in forest.calls) > limit
+        return
+    rows, size = forest.side_by_side, forest.side_by_side.queries.shape[1]
+    (mask,) = forest.masks(None, torch.float32)
     place = torch.arange(len(forest.tokens))
     visible = (place[None] <= place[:, None]) & (place[:, None] < forest.reach[None])
-    trees = forest.side_by_side
-    (mask,) = forest.masks(None, torch.float32)
-    assert trees.places.flatten()[trees.real].tolist() == place.tolist()
-    row, column = trees.real // trees.places.shape[1], trees.real % trees.places.shape[1]
-    shown = mask[row, 0, column] == 0
+    assert torch.equal(rows.queries.flatten()[rows.order], place)
     for token in place.tolist():
-        seen = shown[token].nonzero()[:, 0]
-        assert trees.places[row[token], seen].tolist() == visible[token].nonzero()[:, 0].tolist()
+        row, column = divmod(int(rows.order[token]), size)
+        seen = (mask[row, 0, column] == 0) & rows.real_keys[row]
+        assert torch.equal(seen, mask[row, 0, column] == 0)
+        assert rows.keys[row, seen].tolist() == visible[token].nonzero()[:, 0].tolist()
     assert bool((mask == 0).any(-1).all())
 
 
 def test_trees_longer_than_the_limit_are_computed_call_by_call():
     assert pack([[1] * 9, [2] * 5], side_by_side=8).side_by_side is None
     assert pack([[1] * 9, [2] * 5], side_by_side=9).side_by_side is not None
+
+
+def test_branches_of_a_large_tree_stand_side_by_side_each_with_its_prompt():
+    prompt = list(range(20))
+    forest = pack([[*prompt, n, n + 1, n + 2] for n in range(100, 130)], side_by_side=30)
+    assert len(forest.tokens) == 20 + 30 * 3
+    assert forest.side_by_side is not None
+    assert forest.side_by_side.keys.shape == (31, 24)
 
 
 def test_two_orders_of_a_comparison_share_their_prompt():
@@ -100,7 +111,7 @@ trees = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=40), min_siz
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-@pytest.mark.parametrize("side_by_side", [0, 1000])
+@pytest.mark.parametrize("side_by_side", [0, 170, 1000])
 def test_a_packed_row_gives_the_logits_of_the_separate_sequences(load_tiny, family, side_by_side):
     lm = load_tiny(family)
     lm.side_by_side = side_by_side
@@ -124,7 +135,7 @@ def test_a_packed_row_gives_the_logits_of_the_separate_sequences(load_tiny, fami
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("side_by_side", [0, 1000])
+@pytest.mark.parametrize("side_by_side", [0, 170, 1000])
 def test_gradients_in_training_mode_equal_those_of_the_separate_sequences(
     load_tiny, family, checkpointing, side_by_side
 ):

@@ -36,7 +36,8 @@ MAX_DENSE = 192
 """A subtree of at most so many tokens is one attention call with a mask; a larger one is a call per node."""
 
 SIDE_BY_SIDE = 1024
-"""On a GPU, where a call costs more than padding does, trees of at most so many tokens each are one attention call."""
+"""On a GPU, where a call costs more than padding does: subtrees of at most so many tokens, with their ancestors, are computed
+side by side in one call."""
 
 
 Spans = tuple[tuple[int, int], ...]
@@ -64,15 +65,24 @@ class Call:
     is_chain: bool
     """Whether they see each other causally and nothing else, as in a node at the root."""
 
+    @property
+    def num_keys(self) -> int:
+        """How many places are seen."""
+        return sum(b - a for a, b in (*self.spans, (self.start, self.stop)))
+
 
 @dataclass(frozen=True, slots=True)
 class SideBySide:
-    """The B trees of a row as a padded batch of L places: places (B, L) in the row, 0 where there is padding; real (T,) which
-    of the B L places are not padding, in the row's order.
+    """B calls as one padded batch: (B, Q) places in the row of the queries, (B, K) of the keys, and which are not padding.
+
+    order: (T,) where among the B Q queries each token of the row is.
     """
 
-    places: Tensor
-    real: Tensor
+    queries: Tensor
+    keys: Tensor
+    real_queries: Tensor
+    real_keys: Tensor
+    order: Tensor
 
 
 @dataclass
@@ -109,19 +119,14 @@ class Forest:
                 self._masks[key] = [self._mask(call, window, dtype) for call in self.calls]
         return self._masks[key]
 
-    def _wide_mask(self, trees: SideBySide, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(B, 1, L, L). Nobody sees padding but itself, so that no softmax is empty."""
-        places, size = trees.places, trees.places.shape[1]
-        sees = places[:, :, None]
-        seen = places[:, None, :]
-        visible = (seen <= sees) & (sees < self.reach[places][:, None, :])
+    def _wide_mask(self, batch: SideBySide, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(B, 1, Q, K). Nobody sees padding; padding sees everything, so that no softmax is empty."""
+        sees, seen = batch.queries[:, :, None], batch.keys[:, None, :]
+        visible = (seen <= sees) & (sees < self.reach[batch.keys][:, None, :]) & batch.real_keys[:, None, :]
         if window is not None:
-            visible &= self.positions[places][:, :, None] - self.positions[places][:, None, :] < window
-        real = torch.zeros(places.numel(), dtype=torch.bool, device=places.device)
-        real[trees.real] = True
-        visible &= real.view(-1, 1, size)
-        visible |= torch.eye(size, dtype=torch.bool, device=places.device)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=places.device)
+            visible &= self.positions[batch.queries][:, :, None] - self.positions[batch.keys][:, None, :] < window
+        visible |= ~batch.real_queries[:, :, None]
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return mask.masked_fill_(~visible, -torch.inf)[:, None]
 
     def _mask(self, call: Call, window: int | None, dtype: torch.dtype) -> Tensor | None:
@@ -144,7 +149,7 @@ def pack(
 ) -> Forest:
     """Lay sequences out as a forest of shared prefixes. Equal sequences share everything; none may be empty.
 
-    ``side_by_side``: where no tree has more tokens than this, all trees are one padded attention call.
+    ``side_by_side``: where no subtree with its ancestors has more tokens than this, attention is one padded call.
     """
     if not sequences or any(len(sequence) == 0 for sequence in sequences):
         raise ValueError("pack needs at least one sequence, and no empty ones")
@@ -183,8 +188,8 @@ def pack(
         return reach
 
     branch(0, len(distinct), 0, 0, ())
-    roots = tuple((node.start, node.reach) for node in nodes if not node.ancestors)
-    wide = max(b - a for a, b in roots) <= side_by_side
+    wide = _calls(nodes, side_by_side)
+    fits = max(call.num_keys for call in wide) <= side_by_side
     ordered = [paths[tuple(sequence)] for sequence in sequences]
     reach = np.concatenate([np.full(node.stop - node.start, node.reach) for node in nodes])
     return Forest(
@@ -193,17 +198,9 @@ def pack(
         reach=torch.from_numpy(reach).to(device),
         last=torch.tensor([int(path[-1]) for path in ordered], device=device),
         paths=ordered,
-        calls=_calls(nodes),
-        side_by_side=_side_by_side(roots, device) if wide else None,
+        calls=wide if fits else _calls(nodes, MAX_DENSE),
+        side_by_side=_side_by_side(wide, device) if fits else None,
     )
-
-
-def _side_by_side(trees: Spans, device: torch.device | str) -> SideBySide:
-    """A padded batch of the trees that stand at these places, as long as the longest, rounded up to a multiple of 8."""
-    size = -(-max(b - a for a, b in trees) // 8) * 8
-    within = np.arange(size)[None] < np.array([[b - a] for a, b in trees])
-    places = np.where(within, np.arange(size)[None] + np.array([[a] for a, _ in trees]), 0)
-    return SideBySide(torch.from_numpy(places).to(device), torch.from_numpy(np.flatnonzero(within)).to(device))
 
 
 def tree_attention(
@@ -240,10 +237,11 @@ def tree_attention(
     masks = forest.masks(sliding_window, query.dtype)
     dropout = dropout if module.training else 0.0
     if forest.side_by_side:
-        trees = forest.side_by_side
-        q, k, v = (t[0][:, trees.places].transpose(0, 1) for t in (query, key, value))
+        batch = forest.side_by_side
+        rows = query[0][:, batch.queries], key[0][:, batch.keys], value[0][:, batch.keys]
+        q, k, v = (t.transpose(0, 1) for t in rows)
         out = _attend(q, k, v, masks[0], scaling, dropout, softcap).transpose(1, 2)
-        return out.reshape(-1, *out.shape[2:])[trees.real][None], None
+        return out.reshape(-1, *out.shape[2:])[batch.order][None], None
     outputs = []
     for call, mask in zip(forest.calls, masks, strict=True):
         spans = (*call.spans, (call.start, call.stop))
@@ -289,17 +287,34 @@ def _gather(states: Tensor, spans: Spans) -> Tensor:
     return torch.cat([states[:, :, a:b] for a, b in spans], dim=2)
 
 
-def _calls(nodes: Sequence[Node]) -> list[Call]:
-    """A small subtree is one masked call; else its root is one call and its branches follow."""
+def _calls(nodes: Sequence[Node], max_dense: int) -> list[Call]:
+    """A subtree of at most ``max_dense`` tokens is one masked call; else its root is one call and its branches follow."""
     calls: list[Call] = []
     covered = 0
     for node in nodes:
         if node.start < covered:
             continue
-        stop = node.reach if node.reach - node.start <= MAX_DENSE else node.stop
+        stop = node.reach if node.reach - node.start <= max_dense else node.stop
         calls.append(Call(node.start, stop, node.ancestors, stop == node.stop and not node.ancestors))
         covered = stop
     return calls
+
+
+def _side_by_side(calls: Sequence[Call], device: torch.device | str) -> SideBySide:
+    """The padding stands for places all over the row: gradients that come back to one place would be added one by one."""
+    num_places = calls[-1].stop
+    queries = [np.arange(call.start, call.stop) for call in calls]
+    keys = [np.concatenate([np.arange(a, b) for a, b in (*c.spans, (c.start, c.stop))]) for c in calls]
+
+    def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        size = -(-max(map(len, rows)) // 8) * 8  # what the kernels for masks want
+        real = np.arange(size)[None] < np.array([[len(row)] for row in rows])
+        places = np.arange(real.size).reshape(real.shape) % num_places
+        places[real] = np.concatenate(rows)
+        return places, real
+
+    (q, real_q), (k, real_k) = padded(queries), padded(keys)
+    return SideBySide(*(torch.from_numpy(t).to(device) for t in (q, k, real_q, real_k, np.flatnonzero(real_q))))
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
