@@ -88,6 +88,7 @@ class Bench(speed.Bench):
         with torch.random.fork_rng():
             expected, found = plainly_there(), ours()
         if isinstance(expected, Tensor) and isinstance(found, Tensor):
+            expected, found = expected.cpu(), found.cpu()
             print(
                 f"  {name}: largest difference {float((expected - found).abs().max()):.1e} of {float(expected.abs().max()):.1e}"
             )

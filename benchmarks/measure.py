@@ -55,7 +55,7 @@ def compare(name: str, plain: Call, ours: Call, repeats: int, equal: float | Non
     """Both ways in turn. ``equal``: by how much their results may differ; None where they are random."""
     (expected, plain_flops), (found, our_flops) = flops_of(plain), flops_of(ours)
     if equal is not None:
-        difference = float((expected - found).abs().max())
+        difference = float((expected.cpu() - found.cpu()).abs().max())
         assert difference < equal, f"{name}: the two ways differ by {difference}"
     seconds: tuple[list[float], list[float]] = ([], [])
     peaks: tuple[list[float], list[float]] = ([], [])
