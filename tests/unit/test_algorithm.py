@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from fedbiscuit.federated.algorithm import (
     phase_of,
     regroup_is_due,
     sample_cohort,
+    sample_evenly,
     trained_part,
 )
 from fedbiscuit.federated.exchange import Exchange, Lent
@@ -149,6 +151,64 @@ def test_over_many_rounds_every_client_is_sampled_about_equally_often() -> None:
     names = [f"c{number}" for number in range(10)]
     drawn = [name for round in range(1000) for name in sample_cohort(names, 3, rng_for(1, round, 0, "cohort"))]
     assert all(240 < drawn.count(name) < 360 for name in names)
+
+
+def test_a_stratified_cohort_has_as_many_of_each_group_and_depends_on_its_key_only() -> None:
+    groups = {f"c{number:02d}": int(number < 4) for number in range(20)}
+    drawn = sample_evenly(groups, 6, rng_for(0, 3, 0, "cohort"))
+    assert drawn == sorted(set(drawn))
+    assert sorted(groups[name] for name in drawn) == [0, 0, 0, 1, 1, 1]
+    assert drawn == sample_evenly(dict(reversed(groups.items())), 6, rng_for(0, 3, 0, "cohort"))
+    assert drawn != sample_evenly(groups, 6, rng_for(0, 4, 0, "cohort"))
+
+
+def test_a_group_that_is_used_up_gives_no_more_and_zero_takes_all() -> None:
+    groups = {"a": 0, "b": 1, "c": 1, "d": 1}
+    drawn = sample_evenly(groups, 3, rng_for(0))
+    assert "a" in drawn
+    assert len(drawn) == 3
+    assert sample_evenly(groups, 0, rng_for(0)) == ["a", "b", "c", "d"]
+    with pytest.raises(FederationError, match="a cohort of 5 cannot be drawn from 4 clients"):
+        sample_evenly(groups, 5, rng_for(0))
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 4), min_size=1, max_size=15), st.data())
+def test_groups_in_a_stratified_cohort_differ_by_one_unless_used_up(
+    groups: dict[str, int], data: st.DataObject
+) -> None:
+    size = data.draw(st.integers(1, len(groups)))
+    drawn = sample_evenly(groups, size, rng_for(data.draw(st.integers(0, 9))))
+    assert len(set(drawn)) == size
+    all_of, taken = Counter(groups.values()), Counter(groups[name] for name in drawn)
+    for u in all_of:
+        assert taken[u] == all_of[u] or taken[u] >= max(taken.values()) - 1
+
+
+def test_within_its_group_and_over_odd_cohorts_everybody_is_drawn_equally_often() -> None:
+    groups = {f"c{number}": int(number < 4) for number in range(10)}
+    drawn = Counter(name for round in range(2000) for name in sample_evenly(groups, 3, rng_for(1, round, 0, "cohort")))
+    for name, u in groups.items():
+        expected = 2000 * 1.5 / (4 if u else 6)
+        assert 0.85 * expected < drawn[name] < 1.15 * expected
+
+
+def test_the_warm_up_has_its_own_cohort_size_and_later_cohorts_come_from_both_groups() -> None:
+    tastes = {f"c{number}": (1.0 if number < 3 else -1.0) for number in range(12)}
+    groups = {name: int(taste < 0) for name, taste in tastes.items()}
+    cfg = biscuit(
+        warmup_rounds=1,
+        warmup_cohort_size=1,
+        cohort_size=4,
+        cohort_sampling="stratified",
+        grouping="fixed",
+        groups=groups,
+    )
+    state = init_state([adapter(), adapter()])
+    town, trained = Town(tastes), []
+    for _ in range(6):
+        state, record = fedbiscuit_round(state, town, cfg, seed=0)
+        trained.append(Counter(record.adapter_of.values()))
+    assert trained == [{0: 1}, {1: 1}, *[{0: 2, 1: 2}] * 4]
 
 
 # One round

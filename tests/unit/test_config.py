@@ -113,6 +113,14 @@ def test_the_place_of_a_wrong_value_is_the_last_that_set_it():
         ("selectors: {groups: {ann: 0}}", "selectors.groups: grouping prices makes its own"),
         ("selectors: {num_adapters: 2, grouping: fixed, groups: {a.b: 2}}", "selectors.groups.a.b: 2 is not permitted"),
         ("selectors: {min_replies: 6}", "selectors.min_replies: 6 replies cannot come from a cohort of 5"),
+        (
+            "selectors: {num_adapters: 2, warmup_cohort_size: 1, min_replies: 2}",
+            "selectors.min_replies: 2 replies cannot come from a cohort of 1",
+        ),
+        (
+            "selectors: {num_adapters: 2, cohort_size: 0, warmup_cohort_size: 4, aggregator: krum}",
+            "selectors.warmup_cohort_size: 4 clients are too few for krum",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(text, told):
