@@ -66,7 +66,7 @@ def compare(name: str, plain: Call, ours: Call, repeats: int, equal: float | Non
             before = start_of_peak()
             start = time.perf_counter()
             call()
-            _wait()
+            wait()
             seconds[way].append(time.perf_counter() - start)
             peaks[way].append(peak_since(before))
     return Result(name, _medians(seconds), (plain_flops, our_flops), _medians(peaks), statistics.median(rates))
@@ -86,7 +86,7 @@ def product_rate() -> float:
         start = time.perf_counter()
         for _ in range(4):
             a @ b
-        _wait()
+        wait()
         best = max(best, 4 * 2 * size * 576 * 1536 / (time.perf_counter() - start))
     return best
 
@@ -136,7 +136,7 @@ def _status(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def _wait() -> None:
+def wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

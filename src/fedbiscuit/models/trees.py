@@ -188,8 +188,10 @@ def pack(
         return reach
 
     branch(0, len(distinct), 0, 0, ())
-    wide = _calls(nodes, side_by_side)
-    fits = max(call.num_keys for call in wide) <= side_by_side
+    calls, batch = _calls(nodes, MAX_DENSE), None
+    wide = _calls(nodes, side_by_side) if side_by_side else []
+    if wide and max(call.num_keys for call in wide) <= side_by_side:
+        calls, batch = wide, _side_by_side(wide, device)
     ordered = [paths[tuple(sequence)] for sequence in sequences]
     reach = np.concatenate([np.full(node.stop - node.start, node.reach) for node in nodes])
     return Forest(
@@ -198,8 +200,8 @@ def pack(
         reach=torch.from_numpy(reach).to(device),
         last=torch.tensor([int(path[-1]) for path in ordered], device=device),
         paths=ordered,
-        calls=wide if fits else _calls(nodes, MAX_DENSE),
-        side_by_side=_side_by_side(wide, device) if fits else None,
+        calls=calls,
+        side_by_side=batch,
     )
 
 
