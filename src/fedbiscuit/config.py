@@ -200,8 +200,8 @@ class FederatedSettings(Section):
     grouping_cohort: CountOrOff = Field(0, description="clients that are regrouped at a time; 0: all")
     grouping_comparisons: CountOrOff = Field(
         0,
-        description="score adapters on at least so many comparisons a client: where it has fewer to validate on, on the "
-        "training comparisons that come next; 0: on validation comparisons only",
+        description="score adapters on so many comparisons a client: validation ones and, where it has fewer, the "
+        "training ones that come next; 0: on all validation comparisons and no others",
     )
     price_steps: Annotated[int, Field(ge=1, le=20)] = Field(
         10, description="prices: how often prices are announced; up to three times as often where groups stay uneven"
@@ -314,6 +314,9 @@ class EvaluationSettings(Section):
     )
     greedy: bool = Field(False, description="compare greedy answers instead of sampled ones")
     bootstrap: Count = Field(1000, description="resamples of the confidence intervals")
+    judges: tuple[str, ...] = Field(
+        (), description="run folders whose selectors judge the policy too, best of people who did not train this run's"
+    )
     compare_global: bool = Field(
         False, description="also train one global selector with the same budget of rounds, as the baseline in the table"
     )

@@ -218,6 +218,44 @@ def test_resuming_with_other_settings_is_refused_and_evaluation_may_change(finis
     assert digests(run) == before
 
 
+def test_selectors_of_another_run_judge_the_policy_and_it_is_said_whose_they_are(finished, tmp_path, tiny_model):
+    run, cfg = finished
+    (tmp_path / "others").mkdir()
+    world = (run.parents[1] / "world.jsonl").read_text()
+    (tmp_path / "others" / "world.jsonl").write_text(world.replace('"person-', '"other-'))
+    (tmp_path / "world.jsonl").write_text(world)
+    strangers = pipeline.train_selectors(settings(tmp_path / "others", tiny_model, "seed=5", name="strangers"))
+    known = pipeline.train_selectors(settings(tmp_path, tiny_model, "seed=6", "selectors.num_adapters=1", name="known"))
+
+    def judged(*paths: Path) -> list[dict]:
+        asked = {"judges": tuple(str(path) for path in paths)}
+        pipeline.evaluate(cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update=asked)}))
+        return json.loads((run / "evaluation.json").read_text())["policy"]["judges"]
+
+    before = digests(run)
+    own, others, ours, again = judged(strangers, known, run)
+    assert [one["name"] for one in (own, others, ours)] == [
+        "the selectors' vote",
+        "the selectors of strangers, 6 other clients",
+        "the selectors of known, 6 of its 6 clients are ours",
+    ]
+    assert [one["independent"] for one in (own, others, ours, again)] == [False, True, False, False]
+    counts = ("wins", "losses", "ties")
+    assert [again[key] for key in counts] == [own[key] for key in counts]  # the same selectors, loaded as another run's
+    pipeline.evaluate(cfg)
+    assert digests(run) == before
+
+
+def test_a_judge_that_cannot_judge_is_named_before_anything_is_computed(finished, tmp_path):
+    run, cfg = finished
+    before = (run / "evaluation.json").read_bytes()
+    for path, reason in ((tmp_path, "has no trained selectors"), (tmp_path / "missing", "has no trained selectors")):
+        asked = cfg.evaluation.model_copy(update={"judges": (str(path),)})
+        with pytest.raises(ConfigError, match=f"evaluation.judges: .*{reason}"):
+            pipeline.evaluate(cfg.model_copy(update={"evaluation": asked}))
+    assert (run / "evaluation.json").read_bytes() == before
+
+
 def test_fault_30_a_data_file_that_changed_is_noticed_at_resume(tmp_path, tiny_model):
     cfg = settings(tmp_path, tiny_model, "selectors.rounds=3")
     pipeline.train_selectors(cfg)

@@ -210,3 +210,18 @@ def test_few_validation_comparisons_are_filled_up_with_training_ones_that_come_n
     assert read.pop()[2:4] != [first, second]  # of the stream, from where the client stands in it
     answer(task, ClientData(comparisons(3)), filled, Memory())  # nobody is left out for lack of validation comparisons
     assert len(read.pop()) == 3
+
+
+def test_many_validation_comparisons_are_cut_to_as_many_as_wanted_always_the_same(desk, monkeypatch):
+    read = []
+    real = Selector.encode
+    monkeypatch.setattr(Selector, "encode", lambda self, held: read.append(list(held)) or real(self, held))
+    data = ClientData(comparisons(6), comparisons(12, choice=1))
+    cut = dataclasses.replace(desk, grouping_comparisons=5)
+    for consumed in (0, 2):
+        answer(Task("evaluate", "ann", 0, two_adapters(desk), consumed=consumed), data, cut, Memory())
+    first, again = read
+    assert first == again
+    assert len({c.id for c in first}) == 5
+    assert {c.id for c in first} < {c.id for c in data.validation}
+    assert first != list(data.validation)[:5]  # a file is often sorted by subject

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fedbiscuit.config import parse_config
-from fedbiscuit.report.comparison import Method, Section, _methods, _title, compare, mean_and_interval
+from fedbiscuit.report.comparison import Method, Section, _methods, _title, alignment_curves, compare, mean_and_interval
 from fedbiscuit.report.reading import RunView
-from fedbiscuit.report.sidebyside import tables_of
+from fedbiscuit.report.sidebyside import _figures, tables_of
 from fedbiscuit.types import ConfigError
 
 
@@ -108,6 +108,28 @@ def test_policies_have_a_row_for_each_judge():
         ["one", "vote", "1", "0.750", "0.750", "12.0", "20.5"],
         ["one", "truth", "1", "0.500", "0.500", "12.0", "20.5"],
     ]
+
+
+def test_policies_kept_on_the_way_are_curves_by_the_judge_to_trust_most_over_the_steps_that_all_seeds_have():
+    def seen(seed: int, steps: dict[int, float]) -> RunView:
+        aligned = run({"ann": 0.5}, f"seed={seed}")
+        judges = [{"name": "own", "win_rate": 0.9}, {"name": "others", "win_rate": 0.6, "independent": True}]
+        rows = [
+            {"step": step, "name": name, "win_rate": rate, "words": 10.0 + seed, "kl": 1.0}
+            for step, value in steps.items()
+            for name, rate in (("own", 0.9), ("others", value))
+        ]
+        policy = {"judges": judges, "checkpoints": rows, "length": {"aligned": 12.0, "raw": 20.5}, "kl": 2.0}
+        evaluation = {**(aligned.evaluation or {}), "policy": policy}
+        return RunView(aligned.cfg, "", evaluation=evaluation)
+
+    method = Method("one", (seen(0, {10: 0.4, 20: 0.5, 30: 0.6}), seen(1, {10: 0.5, 20: 0.7})))
+    assert alignment_curves(method, "win_rate") == [(10, pytest.approx(0.45)), (20, pytest.approx(0.6))]
+    assert alignment_curves(method, "words") == [(10, 10.5), (20, 10.5)]
+    section = Section("t", (method,))
+    assert [name for name, _ in _figures(section)] == ["agreement", "alignment"]
+    (table,) = [table for table in tables_of(section) if table[0][0] == "aligned against raw policy"]
+    assert [(table[0][-1], row[-1]) for row in table[1]] == [("nats from raw", "2.0")] * 2
 
 
 def test_policies_that_were_aligned_otherwise_are_rows_of_their_own():

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from fedbiscuit.models.generation import Sampling, generate
-from fedbiscuit.models.policy import Pair, encode_pair, pair_log_probs, reference_log_probs, response_log_probs
+from fedbiscuit.models.policy import (
+    Pair,
+    encode_pair,
+    log_ratios,
+    pair_log_probs,
+    reference_log_probs,
+    response_log_probs,
+)
 
 PROMPTS = [(1, 2, 3, 4, 5), (9, 8), (1, 2, 3, 7)]
 
@@ -108,6 +115,27 @@ def test_the_reference_is_the_base_model_whatever_the_adapter_is(load_tiny):
     lm.put_adapter({n: torch.ones_like(w) * 0.1 for n, w in lm.new_adapter(0).items()})
     torch.testing.assert_close(reference_log_probs(lm, pairs), base, atol=1e-5, rtol=0)
     assert not torch.allclose(pair_log_probs(lm, pairs), base, atol=1e-2)
+
+
+def test_log_ratios_are_nothing_for_a_new_adapter_and_their_mean_over_all_next_tokens_is_the_kl_divergence(load_tiny):
+    lm = load_tiny()
+    prompt, tokens = (1, 2, 3), range(lm.model.config.vocab_size)
+    lm.put_adapter(lm.new_adapter(0))
+    assert float(log_ratios(lm, [prompt] * 2, [(4, 5), (6,)]).abs().max()) < 1e-6
+    lm.put_adapter(
+        {
+            n: torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) * 0.2
+            for n, w in lm.new_adapter(0).items()
+        }
+    )
+    with torch.no_grad():
+        aligned = response_log_probs(lm, [prompt] * len(tokens), [(t,) for t in tokens]).double()
+        with lm.adapter_off():
+            raw = response_log_probs(lm, [prompt] * len(tokens), [(t,) for t in tokens]).double()
+    kl = torch.nn.functional.kl_div(raw, aligned, reduction="sum", log_target=True)
+    ratios = log_ratios(lm, [prompt] * len(tokens), [(t,) for t in tokens]).double()
+    assert float(kl) > 0.01
+    assert float((aligned.exp() * ratios).sum()) == pytest.approx(float(kl), rel=1e-4)
 
 
 def test_mistake_14_the_optimizer_goes_on_through_a_resumed_alignment(load_tiny):

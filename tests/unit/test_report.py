@@ -400,6 +400,29 @@ def test_checkpoints_that_were_judged_add_the_win_rate_by_step(tmp_path: Path) -
     ]
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     assert "DPO step" in page_of(folder).text
+    assert "words an answer" not in page_of(folder).text
+    for row in evaluation["policy"]["checkpoints"]:
+        row |= {"words": 20.0 - row["step"] / 40, "kl": row["step"] / 10}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    text = page_of(folder).text
+    assert "words an answer" in text
+    assert "nats from the raw policy" in text
+
+
+def test_the_judge_to_trust_is_the_truth_then_selectors_of_other_people_then_the_run_s_own(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path / "demo")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    own, truth = evaluation["policy"]["judges"]
+    others = own | {"name": "the selectors of others, 12 other clients", "win_rate": 0.66, "independent": True}
+    evaluation["policy"]["judges"], evaluation["policy"]["kl"] = [own, others], 3.25
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    text = page_of(folder).text
+    assert "on 66% of prompts, as judged by the selectors of others, 12 other clients" in text
+    assert "trained to please these same selectors" not in text
+    assert "by 3.2 nats an answer" in text
+    evaluation["policy"]["judges"] = [own, others, truth]
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "on 71% of prompts, as judged by the known truth" in page_of(folder).text
 
 
 # Safety

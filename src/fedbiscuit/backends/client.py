@@ -37,7 +37,7 @@ class Desk:
     system: str = ""
     batch_size: int = 16
     grouping_comparisons: int = 0
-    """Score adapters on so many comparisons at least, training ones where there are fewer to validate on."""
+    """Score adapters on so many comparisons, training ones where there are fewer to validate on; 0: all to validate on."""
 
 
 @dataclass(slots=True)
@@ -118,11 +118,13 @@ def _pair(comparison: Comparison, desk: Desk) -> Pair:
 def _losses(task: Task, data: ClientData, desk: Desk) -> list[float]:
     """Mean loss in nats under each adapter of the task, in the order of their numbers.
 
-    On the client's validation comparisons and, where these are fewer than ``grouping_comparisons``, on those that come
-    next in its stream: of an epoch that is not over, these are the ones that it has not trained on.
+    On the client's validation comparisons, or with ``grouping_comparisons`` on so many: some of these, or where they are
+    too few also those that come next in its stream: of an epoch that is not over, it has not trained on these.
     """
-    missing = min(max(0, desk.grouping_comparisons - len(data.validation)), len(data.train))
-    scored = [*data.validation, *stream(data.train, task.consumed, missing, _order(task, desk))]
+    scored, wanted, order = list(data.validation), desk.grouping_comparisons, _order(task, desk)
+    if 0 < wanted < len(scored):
+        scored = stream(scored, 0, wanted, order)
+    scored += stream(data.train, task.consumed, min(max(0, wanted - len(scored)), len(data.train)), order)
     if not scored:
         raise FederationError("no validation comparisons to score adapters on; it keeps its seat")
     encoded, _ = desk.selector.encode(scored)

@@ -16,6 +16,7 @@ from fedbiscuit.models.losses import dpo_loss, sft_loss
 __all__ = [
     "Pair",
     "encode_pair",
+    "log_ratios",
     "pair_dpo_loss",
     "pair_log_probs",
     "pair_sft_loss",
@@ -105,3 +106,12 @@ def reference_log_probs(lm: LM, pairs: Sequence[Pair], batch_size: int = 8) -> T
     with lm.adapter_off():
         parts = [pair_log_probs(lm, pairs[i : i + batch_size]).cpu() for i in range(0, len(pairs), batch_size)]
     return torch.cat(parts) if parts else torch.empty(0, 2)
+
+
+@torch.no_grad()
+def log_ratios(lm: LM, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+    """(n,) log-probability of each response with the adapter on minus that with it off, in nats."""
+    lm.model.eval()
+    aligned = response_log_probs(lm, prompts, responses)
+    with lm.adapter_off():
+        return aligned - response_log_probs(lm, prompts, responses)

@@ -11,6 +11,7 @@ from pathlib import Path
 from fedbiscuit.config import Config
 from fedbiscuit.pipeline.alignment import align_policy
 from fedbiscuit.pipeline.comparing import evaluate_run
+from fedbiscuit.pipeline.judges import check_judges
 from fedbiscuit.pipeline.labels import check_labeling, write_and_label
 from fedbiscuit.pipeline.rounds import train_all
 from fedbiscuit.pipeline.session import Progress, open_run, open_session, silent
@@ -22,6 +23,7 @@ def run_all(cfg: Config, resume: bool = False, progress: Progress = silent) -> P
     """Everything: train selectors, generate, label, align, evaluate. Returns the run folder."""
     with open_session(cfg, resume, progress) as session:
         labels = cfg.selectors.local.objective == "choice"
+        check_judges(session)
         if labels:
             check_labeling(session)
         train_all(session)

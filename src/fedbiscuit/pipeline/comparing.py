@@ -12,12 +12,12 @@ from fedbiscuit.backends.client import Memory, answer
 from fedbiscuit.data.partition import named_groups
 from fedbiscuit.evaluation.metrics import Judged, calibration, longer_answer, summarize
 from fedbiscuit.evaluation.selectors import fit_temperature, judge_by_group, judge_by_vote, score_clients
-from fedbiscuit.evaluation.winrate import win_rate
 from fedbiscuit.federated.grouping import adjusted_rand_index, choose_seat
-from fedbiscuit.models.selector import choice_probability, letter_margins, vote
+from fedbiscuit.models.policy import log_ratios
+from fedbiscuit.pipeline.judges import check_judges, judges_of, verdicts
 from fedbiscuit.pipeline.labels import write, write_raw
 from fedbiscuit.pipeline.session import Session, resolved
-from fedbiscuit.types import ClientId, Comparison, ConfigError, DataError, Grouping, Task, Weights
+from fedbiscuit.types import ClientId, ConfigError, DataError, Grouping, Task, Weights
 
 __all__ = ["evaluate_run"]
 
@@ -29,6 +29,7 @@ def evaluate_run(session: Session, checkpoints: bool = False) -> None:
 
     With ``checkpoints`` also what ``keep_every`` has kept along the way, each as a row with its round or step.
     """
+    check_judges(session)
     started = time.monotonic()
     chooses = session.cfg.selectors.local.objective == "choice"
     result = {
@@ -180,75 +181,53 @@ def _true_groups(session: Session) -> dict[ClientId, int] | None:
 
 
 def _evaluate_policy(session: Session, checkpoints: bool) -> dict[str, Any] | None:
-    """Aligned against raw on held-out prompts, judged by the selectors' vote and, in the demo world, by the truth."""
+    """Aligned against raw on held-out prompts by every judge, with how long its answers are and how far it has moved."""
     prompts = session.held_out_prompts[: session.cfg.evaluation.num_prompts]
     if not prompts:
         log.warning("the policy is not evaluated: there is no prompt that it was not trained on; set data.prompts")
         return None
-    raw, aligned = _answers(session, prompts, None), _answers(session, prompts, "policy")
+    judges = judges_of(session)
+    raw, _ = _answers(session, prompts, None)
+    aligned, kl = _answers(session, prompts, "policy")
     along = []
     unit = "step" if session.cfg.selectors.local.objective == "choice" else "round"
     for step, folder in _kept(session, unit, "policy") if checkpoints else []:
-        answers = _answers(session, prompts, f"{folder}/policy")
-        for judge in _judge(session, prompts, answers, raw):
-            along.append({"step": step, "words": _mean_words(answers), **judge})
+        answers, moved = _answers(session, prompts, f"{folder}/policy")
+        for verdict in verdicts(session, judges, prompts, answers, raw):
+            along.append({"step": step, "words": _mean_words(answers), "kl": moved, **verdict})
     return {
-        "judges": _judge(session, prompts, aligned, raw),
+        "judges": verdicts(session, judges, prompts, aligned, raw),
         "checkpoints": along,
         "length": {"raw": _mean_words(raw), "aligned": _mean_words(aligned)},
+        "kl": kl,
         "examples": [
             {"prompt": p, "raw": r, "aligned": a} for p, r, a in list(zip(prompts, raw, aligned, strict=True))[:8]
         ],
     }
 
 
-def _answers(session: Session, prompts: Sequence[str], folder: str | None) -> list[str]:
-    """An answer to each held-out prompt, by the policy in ``folder`` or by the raw one, with the same random numbers."""
+def _answers(session: Session, prompts: Sequence[str], folder: str | None) -> tuple[list[str], float]:
+    """An answer to each held-out prompt, by the policy in ``folder`` or by the raw one, with the same random numbers.
+
+    And the nats by which the policy finds its answers likelier than the raw one does, a mean over answers: their KL
+    divergence, were answers drawn at temperature 1 from all tokens.
+    """
     cfg, lm = session.cfg, session.policy_lm
     if folder is not None:
         lm.put_adapter(session.run.load_adapter(folder, base=lm.digest))
     writes, size = write_raw if folder is None else write, cfg.generation.batch_size
     answers: list[str] = []
+    moved = 0.0
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
-        rows = writes(session, lm, batch, 1, "held-out", cfg.evaluation.greedy)
-        answers += [row["completions"][0]["text"] for row in rows]
+        written = [row["completions"][0] for row in writes(session, lm, batch, 1, "held-out", cfg.evaluation.greedy)]
+        answers += [one["text"] for one in written]
+        if folder is not None:
+            ids = [lm.chat_prompt(prompt, cfg.generation.system, cfg.generation.chat) for prompt in batch]
+            moved += float(log_ratios(lm, ids, [one["token_ids"] for one in written]).sum())
         session.progress(f"answers of {folder or 'the raw policy'}", start + len(batch), len(prompts), "")
-    return answers
-
-
-def _judge(
-    session: Session, prompts: Sequence[str], aligned: Sequence[str], raw: Sequence[str]
-) -> list[dict[str, Any]]:
-    """The verdict of every judge that this run has."""
-    cfg, key = session.cfg, (session.cfg.seed, "win rate")
-    verdicts = {}
-    if cfg.selectors.local.objective == "choice":
-        verdicts["the selectors' vote"] = _selector_verdicts(session, prompts, aligned, raw)
-    truth = session.dataset.truth
-    if truth is not None:
-        verdicts["known truth of the majority"] = [
-            truth.majority_prefers(*one) for one in zip(prompts, aligned, raw, strict=True)
-        ]
-    return [win_rate(name, said, key, cfg.evaluation.bootstrap) for name, said in verdicts.items()]
+    return answers, moved / len(prompts)
 
 
 def _mean_words(texts: Sequence[str]) -> float:
     return sum(len(text.split()) for text in texts) / len(texts)
-
-
-def _selector_verdicts(
-    session: Session, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
-) -> list[float]:
-    """(n) probability that the first answer is better, by the vote in both orders; equal answers are a tie."""
-    comparisons = [Comparison(p, a, b) for p, a, b in zip(prompts, first, second, strict=True)]
-    fitting, left_out = session.selector.encode(comparisons)
-    margins = letter_margins(session.selector, session.selectors(), fitting, session.cfg.evaluation.batch_size)
-    labels = session.cfg.labels
-    said = iter(vote(choice_probability(margins, labels.temperature), labels.vote).probability.tolist())
-    unread = {id(comparison) for comparison in left_out}
-    if unread:
-        reason = "pairs of answers of raw and aligned policy that do not fit max_tokens, counted as ties"
-        session.left_out[reason] = session.left_out.get(reason, 0) + len(unread)
-    verdicts = [0.5 if id(comparison) in unread else next(said) for comparison in comparisons]
-    return [0.5 if a == b else p for p, a, b in zip(verdicts, first, second, strict=True)]

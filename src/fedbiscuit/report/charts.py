@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -147,23 +148,35 @@ def win_rates(run: RunView) -> Drawing | None:
     checkpoints = run.policy.get("checkpoints") or []
     if not judges:
         return None
+    unit = "DPO step" if run.cfg.selectors.local.objective == "choice" else "round"
     said = "; ".join(f"{percent(judge['win_rate'], 0)} by {judge['name']}" for judge in judges)
-    height = 80 + 56 * len(judges) + (190 if len(checkpoints) > 1 else 0)
-    svg = draw("wins", f"Win rate of the aligned policy: {said}.", height, lambda f: _wins(f, judges, checkpoints))
+    height = 80 + 56 * len(judges) + (len(_along(checkpoints)) * 190 if len(checkpoints) > 1 else 0)
+    svg = draw(
+        "wins", f"Win rate of the aligned policy: {said}.", height, lambda f: _wins(f, judges, checkpoints, unit)
+    )
     caption = "Share of held-out prompts on which the aligned policy’s answer wins (ties half), with 95% intervals."
     return Drawing("wins", "Aligned against raw policy", svg, caption)
 
 
-def _wins(figure: Figure, judges: Sequence[Mapping[str, Any]], checkpoints: Sequence[Mapping[str, Any]]) -> None:
-    several = len(checkpoints) > 1
-    panels = figure.subplots(1 + several, 1, squeeze=False, height_ratios=(56 * len(judges) + 30, 190)[: 1 + several])
+def _along(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What checkpoints have a number for, and how it is called."""
+    named = {"win_rate": "win rate", "words": "words an answer", "kl": "nats from the raw policy, an answer"}
+    return {key: name for key, name in named.items() if all(key in c for c in checkpoints)}
+
+
+def _wins(
+    figure: Figure, judges: Sequence[Mapping[str, Any]], checkpoints: Sequence[Mapping[str, Any]], unit: str
+) -> None:
+    along = _along(checkpoints) if len(checkpoints) > 1 else {}
+    heights = (56 * len(judges) + 30, *[190] * len(along))
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
     axes = panels[0, 0]
     for y, judge in enumerate(judges):
         low, high = judge.get("interval") or (judge["win_rate"], judge["win_rate"])
         axes.plot([low, high], [y, y], color=colour("main"), linewidth=3, solid_capstyle="round")
         axes.plot(judge["win_rate"], y, color=colour("main"), marker="o", markersize=9)
         axes.annotate(
-            f"{shortened(visible(str(judge['name'])), 40)}: {percent(judge['win_rate'], 0)}", (0, y), (2, 14),
+            f"{shortened(visible(str(judge['name'])), 60)}: {percent(judge['win_rate'], 0)}", (0, y), (2, 14),
             xycoords=("axes fraction", "data"), textcoords="offset points", va="center", color=colour("ink"),
             bbox={"facecolor": colour("card"), "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
@@ -174,24 +187,28 @@ def _wins(figure: Figure, judges: Sequence[Mapping[str, Any]], checkpoints: Sequ
     axes.grid(visible=True, axis="x")
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "raw wins", "draw", "aligned wins", "100%"])
     axes.tick_params(axis="x", length=0)
-    if several:
-        _by_step(panels[1, 0], checkpoints)
+    for row, (key, name) in enumerate(along.items(), 1):
+        _by_step(panels[row, 0], checkpoints, key, name)
+    if along:
+        panels[-1, 0].set_xlabel(unit)
 
 
-def _by_step(axes: Axes, checkpoints: Sequence[Mapping[str, Any]]) -> None:
-    judges = sorted({str(c["name"]) for c in checkpoints})
-    styles = ("-", (0, (5, 1.5)), (0, (1, 1.5)))
-    for judge, style in zip(judges, styles, strict=False):
+def _by_step(axes: Axes, checkpoints: Sequence[Mapping[str, Any]], key: str, name: str) -> None:
+    """A number of the checkpoints by step; the win rate has a line for each judge, the others are the same for all."""
+    judges = sorted({str(c["name"]) for c in checkpoints})[: None if key == "win_rate" else 1]
+    styles = ("-", (0, (5, 1.5)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+    for judge, style in zip(judges, itertools.cycle(styles), strict=False):
         rows = [c for c in checkpoints if c["name"] == judge]
         axes.plot(
-            [c["step"] for c in rows], [c["win_rate"] for c in rows], color=colour("main"), marker="o", linestyle=style,
-            label=judge,
+            [c["step"] for c in rows], [c[key] for c in rows], color=colour("main"), marker="o", linestyle=style,
+            label=shortened(visible(judge), 60),
         )  # fmt: skip
+    if key == "win_rate":
+        axes.axhline(0.5, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
+        percents(axes.yaxis)
     if len(judges) > 1:
         axes.legend()
-    axes.axhline(0.5, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.set_xlabel("DPO step")
-    percents(axes.yaxis)
+    axes.set_title(name, color=colour("muted"), fontsize=12.5)
     whole_numbers(axes.xaxis)
 
 

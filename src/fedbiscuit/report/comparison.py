@@ -16,13 +16,15 @@ from typing import Any
 from fedbiscuit.config import Config
 from fedbiscuit.evaluation.metrics import FEWEST, bootstrap_interval
 from fedbiscuit.report.reading import RunView, read_run, validation_series
+from fedbiscuit.report.words import best_judge
 from fedbiscuit.types import ClientId, ConfigError
 
-__all__ = ["Difference", "Method", "Section", "compare", "read_sections"]
+__all__ = ["Difference", "Method", "Section", "alignment_curves", "compare", "read_sections"]
 
 WITHOUT_INFLUENCE = (
     "name", "runs_dir", "seed", "evaluation", "model.threads", "model.trunk_gigabytes", "data.path", "selectors.save_every",
-    "selectors.keep_every", "selectors.eval_every", "selectors.eval_comparisons",
+    "selectors.keep_every", "selectors.eval_every", "selectors.eval_comparisons", "alignment.save_every",
+    "alignment.keep_every",
 )  # fmt: skip
 """Settings that make no other result, or only the seed's kind of another one."""
 
@@ -127,6 +129,20 @@ def curves(method: Method) -> list[tuple[int, float]]:
     series = [dict(validation_series(run.rounds, "accuracy")) for run in method.runs]
     shared = set.intersection(*map(set, series)) if series else set()
     return [(number, mean(found[number] for found in series)) for number in sorted(shared)]
+
+
+def alignment_curves(method: Method, key: str) -> list[tuple[int, float]]:
+    """(step, number as the mean over seeds) of the policies kept on the way, as the judge to trust most has them."""
+    series = [dict(_by_step(run, key)) for run in method.runs]
+    shared = set.intersection(*map(set, series)) if series else set()
+    return [(step, mean(found[step] for found in series)) for step in sorted(shared)]
+
+
+def _by_step(run: RunView, key: str) -> Iterator[tuple[int, float]]:
+    judge = best_judge(run) if run.cfg.selectors.local.objective == "choice" else None  # a baseline's steps are rounds
+    for row in run.policy.get("checkpoints") or []:
+        if judge is not None and row["name"] == judge["name"] and key in row:
+            yield row["step"], row[key]
 
 
 def _tested_on(run: RunView) -> tuple[Any, ...]:

@@ -113,6 +113,10 @@ def _policy(run: RunView) -> str:
         if {"raw", "aligned"} <= set(length)
         else ""
     )
+    if "kl" in run.policy:
+        words += (
+            f" It finds its own answers likelier than the raw policy does, by {run.policy['kl']:.1f} nats an answer."
+        )
     pairs = (run.labels or {}).get("pairs")
     words += f" It was aligned on {count(pairs, 'pair')} of answers that the selectors labeled." if pairs else ""
     return (

@@ -9,7 +9,15 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from fedbiscuit.report.canvas import colour, colour_of, draw, marker_of, percents, whole_numbers
-from fedbiscuit.report.comparison import Method, Section, compare, curves, mean_and_interval, read_sections
+from fedbiscuit.report.comparison import (
+    Method,
+    Section,
+    alignment_curves,
+    compare,
+    curves,
+    mean_and_interval,
+    read_sections,
+)
 from fedbiscuit.report.style import LIGHT
 from fedbiscuit.rundir import atomic_write
 
@@ -23,7 +31,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def write_markdown(run_dirs: Sequence[Path], out: Path) -> list[Path]:
-    """Write the tables to ``out`` as Markdown, with two SVG figures a section beside it; the files written.
+    """Write the tables to ``out`` as Markdown, with SVG figures for each section beside it; the files written.
 
     From the same run folders the same bytes come out.
     """
@@ -147,7 +155,10 @@ def _calibration(section: Section) -> Table:
 
 
 def _policies(section: Section) -> Table:
-    header = ("aligned against raw policy", "judged by", "seeds", "win rate", "each seed", "words aligned", "words raw")
+    header = (
+        "aligned against raw policy", "judged by", "seeds", "win rate", "each seed", "words aligned", "words raw",
+        "nats from raw",
+    )  # fmt: skip
     rows = []
     for method in section.methods:
         aligned = [run.policy for run in method.runs if run.policy.get("judges")]
@@ -155,7 +166,8 @@ def _policies(section: Section) -> Table:
             rates = [judge["win_rate"] for policy in aligned for judge in policy["judges"] if judge["name"] == name]
             words = [_mean([policy["length"][kind] for policy in aligned], 1) for kind in ("aligned", "raw")]
             each = " ".join(_share(rate) for rate in rates)
-            rows.append((method.name, str(name), str(len(rates)), _mean(rates), each, *words))
+            kl = _mean([policy.get("kl") for policy in aligned], 1)
+            rows.append((method.name, str(name), str(len(rates)), _mean(rates), each, *words, kl))
     return header, rows
 
 
@@ -182,6 +194,11 @@ def _figures(section: Section) -> list[tuple[str, str]]:
         height = 300 + 18 * len(section.methods)
         said = "Line chart: validation accuracy of each method by round."
         figures.append(("rounds", _standalone(draw("rounds", said, height, lambda figure: _lines(figure, section)))))
+    if any(alignment_curves(method, "win_rate") for method in section.methods):
+        height = 560 + 18 * len(section.methods)
+        said = "Line charts: win rate, words and distance from the raw policy of each method's policy by step."
+        drawn = draw("alignment", said, height, lambda figure: _alignment(figure, section))
+        figures.append(("alignment", _standalone(drawn)))
     return figures
 
 
@@ -214,6 +231,26 @@ def _lines(figure: Figure, section: Section) -> None:
     axes.set_title("agreement with validation choices, mean over seeds", color=colour("muted"), fontsize=12.5)
     percents(axes.yaxis)
     whole_numbers(axes.xaxis)
+    figure.legend(loc="outside upper left", ncols=1)
+
+
+def _alignment(figure: Figure, section: Section) -> None:
+    titles = {
+        "win_rate": "win rate against the raw policy, by the judge to trust most, mean over seeds",
+        "words": "words an answer",
+        "kl": "nats from the raw policy, an answer",
+    }
+    panels = figure.subplots(len(titles), 1, sharex=True)
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        for number, method in enumerate(section.methods):
+            if points := alignment_curves(method, key):
+                label = method.name if key == "win_rate" else None
+                axes.plot(*zip(*points, strict=True), color=colour_of(number), marker=marker_of(number), label=label)
+        axes.set_title(title, color=colour("muted"), fontsize=12.5)
+    panels[0].axhline(0.5, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
+    percents(panels[0].yaxis)
+    panels[-1].set_xlabel("DPO step")
+    whole_numbers(panels[-1].xaxis)
     figure.legend(loc="outside upper left", ncols=1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedbiscuit.report.markup import count, interval, percent
+from fedbiscuit.report.markup import count, interval, percent, visible
 from fedbiscuit.report.reading import RunView, validation_series
 from fedbiscuit.rundir.disk import human_bytes
 
@@ -28,9 +28,10 @@ def row_named(run: RunView, name: str) -> Row | None:
 
 
 def best_judge(run: RunView) -> Row | None:
-    """The judge to trust most: the known truth where there is one, else the selectors themselves."""
+    """The judge to trust most: the known truth, else selectors of other people, else the run's own."""
     judges = run.policy.get("judges", [])
-    return next((judge for judge in judges if judge["name"].startswith(TRUTH)), judges[0] if judges else None)
+    known = [judge for judge in judges if judge["name"].startswith(TRUTH)]
+    return next(iter([*known, *(judge for judge in judges if judge.get("independent")), *judges]), None)
 
 
 def kind_of_run(run: RunView) -> str:
@@ -89,6 +90,8 @@ def summary(run: RunView) -> list[str]:
     judge = best_judge(run)
     if judge is not None:
         by = "the known truth" if judge["name"].startswith(TRUTH) else "the selectors"
+        if judge.get("independent") and not judge["name"].startswith(TRUTH):
+            by = visible(str(judge["name"]))
         parts.append(
             f"the aligned policy’s answer wins against the raw policy’s on {percent(judge['win_rate'], 0)} of"
             f" prompts, as judged by {by}"
@@ -96,7 +99,7 @@ def summary(run: RunView) -> list[str]:
         bounds = judge.get("interval")
         if bounds and bounds[0] <= 0.5 <= bounds[1]:
             cautions.append(f"The win rate could be a draw: its 95% interval is {interval(bounds)}.")
-        elif not judge["name"].startswith(TRUTH):
+        elif not (judge.get("independent") or judge["name"].startswith(TRUTH)):
             cautions.append("The policy was trained to please these same selectors, so people may judge otherwise.")
     if not parts:
         return ["The policy is trained; nothing in this run can judge it.", *cautions]

@@ -1,0 +1,110 @@
+"""Who says which of two policies answers better: this run's selectors, those of other runs, and a known truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedbiscuit.config import Config, LabelSettings, load_config
+from fedbiscuit.data.encoding import EXTRA, load_template
+from fedbiscuit.data.sources import load
+from fedbiscuit.evaluation.winrate import win_rate
+from fedbiscuit.models.selector import Selector, choice_probability, letter_margins, vote
+from fedbiscuit.pipeline.session import Session, silent
+from fedbiscuit.rundir import RunDir
+from fedbiscuit.types import Comparison, ConfigError, Weights
+
+__all__ = ["Judge", "check_judges", "judges_of", "verdicts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Selectors that vote on pairs of answers. independent: nobody whose choices they learned trained this run's selectors."""
+
+    name: str
+    selector: Selector
+    adapters: tuple[Weights, ...]
+    labels: LabelSettings
+    independent: bool
+
+
+def check_judges(session: Session) -> None:
+    """Stop where ``evaluation.judges`` names what cannot judge, before anything is computed."""
+    for path in session.cfg.evaluation.judges:
+        _settings(path)
+
+
+def judges_of(session: Session) -> list[Judge]:
+    """This run's own selectors, and those of the runs that ``evaluation.judges`` names."""
+    cfg = session.cfg
+    own = []
+    if cfg.selectors.local.objective == "choice":
+        own = [Judge("the selectors' vote", session.selector, session.selectors(), cfg.labels, False)]
+    return own + [_judge_from(session, path) for path in cfg.evaluation.judges]
+
+
+def verdicts(
+    session: Session, judges: Sequence[Judge], prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Each judge's verdict on the first answers against the second, and in the demo world that of the truth."""
+    cfg, key = session.cfg, (session.cfg.seed, "win rate")
+    rows = []
+    for judge in judges:
+        said = _said(session, judge, prompts, first, second)
+        rows.append(win_rate(judge.name, said, key, cfg.evaluation.bootstrap) | {"independent": judge.independent})
+    truth = session.dataset.truth
+    if truth is not None:
+        said = [truth.majority_prefers(*one) for one in zip(prompts, first, second, strict=True)]
+        name = "known truth of the majority"
+        rows.append(win_rate(name, said, key, cfg.evaluation.bootstrap) | {"independent": True})
+    return rows
+
+
+def _said(
+    session: Session, judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+) -> list[float]:
+    """(n) probability that the first answer is better, by the vote in both orders; equal answers are a tie."""
+    comparisons = [Comparison(p, a, b) for p, a, b in zip(prompts, first, second, strict=True)]
+    fitting, left_out = judge.selector.encode(comparisons)
+    margins = letter_margins(judge.selector, judge.adapters, fitting, session.cfg.evaluation.batch_size)
+    said = iter(vote(choice_probability(margins, judge.labels.temperature), judge.labels.vote).probability.tolist())
+    unread = {id(comparison) for comparison in left_out}
+    if unread:
+        reason = "pairs of answers of raw and aligned policy that do not fit max_tokens, counted as ties"
+        session.left_out[reason] = session.left_out.get(reason, 0) + len(unread)
+    probabilities = [0.5 if id(comparison) in unread else next(said) for comparison in comparisons]
+    return [0.5 if a == b else p for p, a, b in zip(probabilities, first, second, strict=True)]
+
+
+def _settings(path: str) -> Config:
+    """Settings of a run that can judge; ``ConfigError`` says why it cannot."""
+    folder = Path(path)
+    if not (folder / "selectors" / "u0").is_dir():
+        raise ConfigError(
+            f"evaluation.judges: {path} has no trained selectors; name run folders that `fedbiscuit train` made"
+        )
+    cfg = load_config(folder / "config.yaml")
+    needed = [field for field in load_template(cfg.data.template).fields if field in EXTRA]
+    if needed:
+        raise ConfigError(
+            f"evaluation.judges: the template {cfg.data.template} of {path} needs {needed}, which the policy's prompts do not "
+            "have; name a run with another template"
+        )
+    return cfg
+
+
+def _judge_from(session: Session, path: str) -> Judge:
+    cfg = _settings(path)
+    judging = Session(cfg, RunDir.view(path), load(cfg.data, cfg.seed), silent)
+    judging.run.check_same("manifest.json", {"data": judging.dataset.digests}, "data files")
+    if cfg.model == session.cfg.model:
+        judging.lm = session.lm
+    both = judging.clients.keys() & session.clients.keys()
+    if cfg.data.source == session.cfg.data.source == "demo" and cfg.seed != session.cfg.seed:
+        both = set()  # the worlds of two seeds call different people by the same names
+    total = len(judging.clients)
+    who = f"{len(both)} of its {total} clients are ours" if both else f"{total} other clients"
+    name = f"the selectors of {cfg.name}, {who}"
+    return Judge(name, judging.selector, judging.selectors(), cfg.labels, not both)
