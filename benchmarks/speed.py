@@ -182,7 +182,7 @@ def whole_run(bench: Bench) -> Iterator[Result]:
         data = Path(folder) / "pairs.jsonl"
         with open(data, "w", encoding="utf-8") as file:
             for client in range(8):
-                splits = ["train"] * bench.batch + ["validation"] * 4 + ["test"]
+                splits = ["train"] * bench.batch + ["validation"] * 2 + ["test"]
                 held = plain.comparisons(len(splits), bench.options.scale, "run", client)
                 for comparison, split in zip(held, splits, strict=True):
                     row = {key: getattr(comparison, key) for key in ("prompt", "output_a", "output_b", "choice")}
@@ -190,7 +190,7 @@ def whole_run(bench: Bench) -> Iterator[Result]:
         settings = [
             f"data.path={data}", f"model.base={bench.options.model}", "data.max_tokens=512", f"runs_dir={folder}",
             "model.lora.dropout=0", "selectors.num_adapters=3", "selectors.cohort_size=3", "selectors.warmup_rounds=1",
-            "selectors.rounds=5", "selectors.regroup_every=2", "selectors.local.steps=1",
+            "selectors.rounds=4", "selectors.regroup_every=2", "selectors.local.steps=1",
             f"selectors.local.batch_size={bench.batch}",
             "selectors.eval_every=0",
         ]  # fmt: skip
@@ -204,7 +204,7 @@ def whole_run(bench: Bench) -> Iterator[Result]:
             return time.perf_counter() - start
 
         seconds = run([str(HERE / "plain_run.py")], "plain"), run(["-m", "fedbiscuit"], "ours")
-    name = f"a whole run: 8 clients, 3 adapters, 5 rounds of 3 clients with {bench.batch} comparisons, 512 tokens"
+    name = f"a whole run: 8 clients, 3 adapters, 4 rounds of 3 clients with {bench.batch} comparisons, 512 tokens"
     yield Result(name, seconds, (0, 0), (0, 0), 0)
 
 
