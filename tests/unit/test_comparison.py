@@ -81,6 +81,22 @@ def test_a_method_with_another_budget_says_so_beside_methods_of_other_kinds():
     assert [method.name for method in _methods(runs)] == ["FedBis, rounds 30", "told the 2 groups, rounds 20"]
 
 
+def test_what_most_rows_have_in_common_and_what_has_no_influence_is_not_said():
+    runs = [
+        run({"ann": 0.5}, f"selectors.num_adapters={u}", "selectors.rounds=16", "selectors.warmup_rounds=1")
+        for u in (1, 2, 3)
+    ]
+    runs += [run({"ann": 0.5}, "selectors.num_adapters=5", "selectors.rounds=20", "selectors.warmup_rounds=1")]
+    pooled = ("selectors.population=centralized", "selectors.cohort_size=3", "selectors.server_momentum=0")
+    runs += [run({"ann": 0.5}, "selectors.rounds=16", *pooled)]
+    assert [method.name for method in _methods(runs)] == [
+        "FedBis", "FedBiscuit, U = 2", "FedBiscuit, U = 3", "FedBiscuit, U = 5, rounds 20", "centralized",
+    ]  # fmt: skip
+    momentum = ("selectors.server_optimizer=momentum", "selectors.rounds=16")
+    told = [run({"ann": 0.5}, *momentum, f"selectors.server_momentum={m}") for m in (0, 0.9)]
+    assert [method.name for method in _methods(told)] == ["FedBis, server_momentum 0.0", "FedBis, server_momentum 0.9"]
+
+
 def test_the_same_run_twice_is_refused():
     with pytest.raises(ConfigError, match="same seed"):
         list(_methods([run({"ann": 0.5}), run({"ann": 0.6}, "name=again", "evaluation.num_prompts=3")]))

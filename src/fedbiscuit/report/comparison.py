@@ -192,7 +192,7 @@ def _kind(cfg: Config) -> str:
 
 
 def _settings(cfg: Config) -> dict[str, str]:
-    """Every setting that can make another result, by its path."""
+    """Every setting that can make another result, by its path; empty where other settings make it idle."""
     flat: dict[str, str] = {}
 
     def walk(value: Any, path: str) -> None:
@@ -205,7 +205,17 @@ def _settings(cfg: Config) -> dict[str, str]:
             flat[path] = _told(value)
 
     walk(cfg.model_dump(), "")
-    return flat
+    return flat | dict.fromkeys(_idle(cfg), "")
+
+
+def _idle(cfg: Config) -> Iterator[str]:
+    """Settings that these other settings make idle."""
+    if cfg.selectors.server_optimizer != "momentum":
+        yield "selectors.server_momentum"
+    if cfg.selectors.server_optimizer != "adam":
+        yield from ("selectors.server_betas", "selectors.server_eps")
+    if cfg.selectors.population == "centralized":
+        yield "selectors.cohort_size"
 
 
 def _told(value: Any) -> str:
@@ -216,15 +226,19 @@ def _told(value: Any) -> str:
     return str(value)
 
 
-def _unlike(settings: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> set[str]:
-    return {key for other in others for key in settings.keys() | other.keys() if settings.get(key) != other.get(key)}
+def _unlike(settings: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> set[str]:
+    """Settings that no more than half of the rows share with this one, of those in which rows differ."""
+    keys = {key for row in rows for key in row}
+    shared = {key: sum(row.get(key) == settings.get(key) for row in rows) for key in keys}
+    return {key for key, count in shared.items() if count < len(rows) and 2 * count <= len(rows)}
 
 
 def _what_differs(
     settings: Mapping[str, str], alike: Sequence[Mapping[str, str]], all_rows: Sequence[Mapping[str, str]]
 ) -> str:
-    """In words: settings unlike another row's of the same kind, or any row's unless they belong to the kind."""
+    """In words: settings unlike those of most rows of the same kind, or of most rows unless they belong to the kind."""
     keys = sorted(
         _unlike(settings, alike) | {key for key in _unlike(settings, all_rows) if not key.startswith(OF_A_KIND)}
     )
-    return "".join(f", {key.rsplit('.', 1)[-1]} {settings.get(key, 'unset')}" for key in keys)
+    told = {key: settings.get(key, "unset") for key in keys}
+    return "".join(f", {key.rsplit('.', 1)[-1]} {value}" for key, value in told.items() if value)

@@ -35,7 +35,7 @@ def write_markdown(run_dirs: Sequence[Path], out: Path) -> list[Path]:
 
     From the same run folders the same bytes come out.
     """
-    written, text = [], ["# Runs compared", ""]
+    written, text = [], ["# Runs compared", "", "A row's name tells the settings that few of the other rows have.", ""]
     for number, section in enumerate(read_sections(run_dirs)):
         text += [f"## {section.title}", ""]
         for header, rows in tables_of(section):
