@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbiscuit.models.trees import pack
+from fedbiscuit.models.trees import pack, tree_attention
 
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12), min_size=1, max_size=8)
 
@@ -170,3 +170,14 @@ def give_adapter_a_life(lm):
     lm.put_adapter(
         {n: w if "lora_A" in n else torch.randn(w.shape, generator=generator) * 0.1 for n, w in weights.items()}
     )
+
+
+@pytest.mark.parametrize("side_by_side", [0, 1024])
+def test_on_a_cpu_bfloat16_is_attended_to_in_float32(side_by_side):
+    forest = pack(
+        [[*range(20), *range(30, 45)], [*range(20), *range(50, 70)], range(80, 90)], side_by_side=side_by_side
+    )
+    states = torch.randn(3, 1, 4, len(forest.tokens), 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wide, _ = tree_attention(torch.nn.Module(), *states.float(), None, forest=forest)
+    narrow, _ = tree_attention(torch.nn.Module(), *states, None, forest=forest)
+    assert torch.equal(narrow, wide.bfloat16())

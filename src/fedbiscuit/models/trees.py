@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fedbiscuit.models.decoding import Cache
 
@@ -222,7 +223,8 @@ def tree_attention(
     """Attention of one layer over a packed row: query (1, heads, T, size) -> (1, T, heads, size).
 
     Has the signature of transformers' attention functions; ``forest`` comes through the keyword arguments of the model. So
-    does ``cache``: with a forest it takes the keys and values of the row, without one it holds what a next token sees.
+    does ``cache``: with a forest it takes the keys and values of the row, without one it holds what a next token sees. On a CPU
+    bfloat16 is attended to in float32.
     """
     layer: Any = getattr(module, "layer_idx", None)
     if cache is not None and forest is not None:
@@ -233,6 +235,9 @@ def tree_attention(
         raise RuntimeError(
             f"{ATTENTION} works on packed rows: pass forest=pack(...), or switch to 'sdpa' for padded batches"
         )
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and query.device.type == "cpu":  # its kernels are slow on short branches in bfloat16
+        query, key, value = query.float(), key.float(), value.float()
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -243,21 +248,15 @@ def tree_attention(
         rows = query[0][:, batch.queries], key[0][:, batch.keys], value[0][:, batch.keys]
         q, k, v = (t.transpose(0, 1) for t in rows)
         out = _attend(q, k, v, masks[0], scaling, dropout, softcap).transpose(1, 2)
-        return out.reshape(-1, *out.shape[2:])[batch.order][None], None
-    outputs = []
-    for call, mask in zip(forest.calls, masks, strict=True):
-        spans = (*call.spans, (call.start, call.stop))
-        out = _attend(
-            query[:, :, call.start : call.stop],
-            _gather(key, spans),
-            _gather(value, spans),
-            mask,
-            scaling,
-            dropout,
-            softcap,
-        )
-        outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+        return out.reshape(-1, *out.shape[2:])[batch.order][None].to(dtype), None
+    spans = [(*call.spans, (call.start, call.stop)) for call in forest.calls]
+    queries = torch.split(query, [call.stop - call.start for call in forest.calls], dim=2)  # they follow each other
+    keys, values = _Gather.apply(key, spans), _Gather.apply(value, spans)  # type: ignore[no-untyped-call]
+    outputs = [
+        _attend(q, k, v, mask, scaling, dropout, softcap)
+        for q, k, v, mask in zip(queries, keys, values, masks, strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), None
 
 
 def _attend(
@@ -282,11 +281,33 @@ def _attend(
     return F.dropout(weights, dropout) @ value
 
 
-def _gather(states: Tensor, spans: Spans) -> Tensor:
-    """The places of ``spans`` (which follow each other in the row) as one tensor; a view where they are contiguous."""
-    if all(a[1] == b[0] for a, b in itertools.pairwise(spans)):
-        return states[:, :, spans[0][0] : spans[-1][1]]
-    return torch.cat([states[:, :, a:b] for a, b in spans], dim=2)
+class _Gather(torch.autograd.Function):
+    """What each call sees of (1, heads, T, size) states: the places of its spans, a view where they follow each other.
+
+    The gradients come back into one tensor, span by span: plain slices would each bring a tensor as long as the row, mostly
+    zeros, to be added up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, calls: Sequence[Spans]) -> tuple[Tensor, ...]:
+        ctx.calls, ctx.shape, ctx.stride = calls, states.shape, states.stride()
+        return tuple(
+            states[:, :, spans[0][0] : spans[-1][1]]
+            if all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+            else torch.cat([states[:, :, a:b] for a, b in spans], dim=2)
+            for spans in calls
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].new_empty_strided(ctx.shape, ctx.stride).zero_()
+        for spans, gradient in zip(ctx.calls, gradients, strict=True):
+            here = 0
+            for a, b in spans:
+                total[:, :, a:b] += gradient[:, :, here : here + b - a]
+                here += b - a
+        return total, None
 
 
 def _calls(nodes: Sequence[Node], max_dense: int) -> list[Call]:
