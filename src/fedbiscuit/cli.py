@@ -31,6 +31,8 @@ __all__ = ["app", "main"]
 
 INTERRUPTED = 130
 
+log = logging.getLogger("fedbiscuit")
+
 app = App(
     name="fedbiscuit",
     version=lambda: fedbiscuit.__version__,
@@ -47,6 +49,13 @@ app.command(data_app)
 
 Source = Annotated[Path, Parameter(help="a config file, or the folder of a run, which is continued")]
 Overrides = Annotated[str, Parameter(help="settings on top of the config: key=value or key value, such as seed=1")]
+Selector = Annotated[
+    Path | None,
+    Parameter(
+        show_default=False,
+        help="whose selectors label: the folder of a run, or the config that trained it (labels.selectors)",
+    ),
+]
 Resume = Annotated[
     bool, Parameter(negative="", show_default=False, help="go on where an earlier run into the same folder stopped")
 ]
@@ -89,12 +98,12 @@ def train(config: Source, /, *overrides: Overrides, resume: Resume = False) -> N
 
 
 @app.command(sort_key=3)
-def label(config: Source, /, *overrides: Overrides) -> None:
+def label(config: Source, /, *overrides: Overrides, selector: Selector = None) -> None:
     """Let the policy write answers and the selectors choose between them (after train).
 
     Example: fedbiscuit label runs/demo
     """
-    cfg, _ = _settings(config, overrides)
+    cfg, _ = _settings(config, overrides, selector)
     from fedbiscuit import pipeline
     from fedbiscuit.terminal import ProgressLines
 
@@ -104,12 +113,15 @@ def label(config: Source, /, *overrides: Overrides) -> None:
 
 
 @app.command(sort_key=4)
-def align(config: Source, /, *overrides: Overrides) -> None:
+def align(config: Source, /, *overrides: Overrides, selector: Selector = None) -> None:
     """Fine-tune the policy on the selectors' choices by DPO (after label).
 
-    Example: fedbiscuit align runs/demo
+    With the selectors of another run it needs no training before, and labels by itself.
+
+    Examples: fedbiscuit align runs/demo
+              fedbiscuit align RLHF.yaml --selector SELECTOR.yaml
     """
-    cfg, _ = _settings(config, overrides)
+    cfg, _ = _settings(config, overrides, selector)
     from fedbiscuit import pipeline
     from fedbiscuit.terminal import ProgressLines
 
@@ -123,6 +135,7 @@ def evaluate(
     config: Source,
     /,
     *overrides: Overrides,
+    selector: Selector = None,
     checkpoints: Annotated[
         bool, Parameter(negative="", show_default=False, help="also every checkpoint that keep_every has kept")
     ] = False,
@@ -131,7 +144,7 @@ def evaluate(
 
     Example: fedbiscuit evaluate runs/demo
     """
-    cfg, _ = _settings(config, overrides)
+    cfg, _ = _settings(config, overrides, selector)
     from fedbiscuit import pipeline
     from fedbiscuit.terminal import ProgressLines, print_evaluation
 
@@ -199,7 +212,7 @@ def show_config(
               fedbiscuit config my.yaml --check
               fedbiscuit config --schema > schema.json
     """
-    from fedbiscuit.config import dump_config, json_schema
+    from fedbiscuit.config import dump_config, json_schema, load_translated
 
     if schema:
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
@@ -210,9 +223,10 @@ def show_config(
     else:
         from fedbiscuit.data.encoding import load_template
 
-        cfg, _ = _settings(config, overrides)
+        cfg, notes = (_settings(config, overrides)[0], ()) if config.is_dir() else load_translated(config, overrides)
         load_template(cfg.data.template)
-        print(f"{config}: all settings are fine" if check else dump_config(cfg), end="\n" if check else "")
+        told = "".join(f"# {note}\n" for note in notes)
+        print(f"{told}{config}: all settings are fine\n" if check else f"{told}{dump_config(cfg)}", end="")
 
 
 @data_app.command
@@ -234,12 +248,24 @@ def check(
     return 0 if found.ok else 2
 
 
-def _settings(source: Path, overrides: Sequence[str]) -> tuple[Config, bool]:
-    """The settings of a config file or of a run folder, and whether it was a folder."""
-    from fedbiscuit.config import load_config
+def _settings(source: Path, overrides: Sequence[str], selector: Path | None = None) -> tuple[Config, bool]:
+    """The settings of a config file or of a run folder, and whether it was a folder.
 
+    ``selector``: the run whose selectors label, by its folder or its config.
+    """
+    from fedbiscuit.config import load_config, load_translated
+    from fedbiscuit.strict_yaml import scalar_text
+
+    fill = ""
+    if selector is not None:
+        trained = selector if selector.is_dir() else _run_dir(load_config(selector))
+        overrides, fill = [*overrides, f"labels.selectors={scalar_text(str(trained))}"], trained.name
     if not source.is_dir():
-        return load_config(source, overrides), False
+        cfg, notes = load_translated(source, overrides, fill)
+        if notes:
+            what = "settings of the original FedBiscuit, translated"
+            log.warning("%s: %s; `%s config %s` shows what they become", source, what, _program(), source)
+        return cfg, False
     if not (source / "config.yaml").is_file():
         raise ConfigError(f"{source}: no config.yaml in this folder; give a config file or the folder of a run")
     cfg = load_config(source / "config.yaml", overrides)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
+from fedbiscuit.original import KEYS, is_original, translate
 from fedbiscuit.schema import fields_at, permitted, problem, sections, settings_of, shown
 from fedbiscuit.strict_yaml import KeyPath, parse_yaml, read_yaml, scalar_text
 from fedbiscuit.types import ConfigError, LocalTraining
@@ -34,6 +35,7 @@ __all__ = [
     "dump_config",
     "json_schema",
     "load_config",
+    "load_translated",
     "parse_config",
     "settings_table",
 ]
@@ -270,6 +272,9 @@ class GenerationSettings(Section):
 class LabelSettings(Section):
     """How the selectors choose between completions."""
 
+    selectors: str = Field(
+        "", description="folder of a run whose selectors label, with its model and template; empty: those of this run"
+    )
     vote: Literal["mean", "majority", "min"] = "mean"
     orders: Literal["both", "one"] = Field("both", description="one: only (A, B), as in the original")
     pairs: Literal["all", "extremes"] = Field("all", description="extremes: only the best against the worst completion")
@@ -421,11 +426,20 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The settings in a YAML file, with ``key=value`` or ``key value`` words of a command line on top.
 
-    Raises ``ConfigError`` that names the file and line, the key, the value and what is permitted; every problem that
-    can be found at once has its own line.
+    A file with the keys of the original FedBiscuit is translated; there its keys may stand on the command line too. Raises
+    ``ConfigError`` that names the file and line, the key, the value and what is permitted; every problem that can be found
+    at once has its own line.
+    """
+    return load_translated(path, overrides)[0]
+
+
+def load_translated(path: str | Path, overrides: Sequence[str] = (), fill: str = "") -> tuple[Config, tuple[str, ...]]:
+    """The same, and what to know about the translation of an old file, a line each; none for a file of ours.
+
+    ``fill`` stands for a placeholder such as <choice_ckpt> in an old file's names.
     """
     document = read_yaml(Path(path))
-    return _resolve(document.value, document.lines, str(path), overrides)
+    return _resolve(document.value, document.lines, str(path), overrides, fill)
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config") -> Config:
@@ -435,28 +449,57 @@ def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config")
     7
     """
     document = parse_yaml(text, name)
-    return _resolve(document.value, document.lines, name, overrides)
+    return _resolve(document.value, document.lines, name, overrides)[0]
 
 
-def _resolve(value: Any, lines: Mapping[KeyPath, int], name: str, overrides: Sequence[str]) -> Config:
+def _resolve(
+    value: Any, lines: Mapping[KeyPath, int], name: str, overrides: Sequence[str], fill: str = ""
+) -> tuple[Config, tuple[str, ...]]:
     if value is None:
         value = {}
     if not isinstance(value, dict):
         raise ConfigError(f"{name}:{lines[()]}: expected settings such as `seed: 0`, got {shown(value)}")
     places = {path: f"{name}:{line}" for path, line in lines.items()}
-    for path, new in _read_overrides(overrides):
+    changes = list(_read_overrides(overrides))
+    notes: tuple[str, ...] = ()
+    if is_original(value):
+        old_changes = [one for one in changes if not _is_ours(one[0])]
+        value, places, notes = _translated(value, places, name, old_changes, fill)
+        changes = [one for one in changes if _is_ours(one[0])]
+    for path, new in changes:
         _put(value, path, new)
         places = {key: place for key, place in places.items() if key[: len(path)] != path}
         places[path] = "command line"
     try:
-        return Config.model_validate_json(
-            to_json(_without_empty_sections(value), inf_nan_mode="constants"), strict=True
-        )
+        cfg = Config.model_validate_json(to_json(_without_empty_sections(value), inf_nan_mode="constants"), strict=True)
+        return cfg, notes
     except ValidationError as error:
         problems = dict.fromkeys(
             problem(Config, dict(found), value, places, name) for found in error.errors(include_url=False)
         )
         raise ConfigError("\n".join(problems)) from None
+
+
+def _is_ours(path: KeyPath) -> bool:
+    """Whether a key of a command line is one of ours and none of the original's."""
+    return path in settings_of(Config) and ".".join(path) not in KEYS
+
+
+def _translated(
+    value: dict[str, Any], places: dict[KeyPath, str], name: str, changes: Sequence[tuple[KeyPath, Any]], fill: str
+) -> tuple[dict[str, Any], dict[KeyPath, str], tuple[str, ...]]:
+    """An old file in our keys, where each comes from, and the notes."""
+    for path, new in changes:
+        section = value
+        for key in path[:-1]:
+            if not isinstance(section.get(key), dict):
+                section[key] = {}
+            section = section[key]
+        section[path[-1]] = new
+        places[path] = "command line"
+    found = translate(value, places, name, fill)
+    here = {ours: f"{places.get(old, name)}: {'.'.join(old)}" for ours, old in found.sources.items()}
+    return found.values, here, found.notes
 
 
 def _read_overrides(words: Sequence[str]) -> Iterator[tuple[KeyPath, Any]]:

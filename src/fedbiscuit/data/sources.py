@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,7 +35,8 @@ class Dataset:
     """All that a run needs of people's data.
 
     ``prompts`` are for training the policy, ``held_out_prompts`` for evaluating it. ``left_out`` counts by reason, with
-    the unit in the reason. ``digests`` is sha256 by file. ``truth`` is known for the demo only.
+    the unit in the reason. ``digests`` is sha256 by file. ``fields`` has what a template may show of a prompt beside its text,
+    by prompt. ``truth`` is known for the demo only.
     """
 
     clients: dict[ClientId, ClientData]
@@ -43,6 +45,7 @@ class Dataset:
     left_out: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     truth: Truth | None = None
 
 
@@ -93,6 +96,8 @@ def _demo(settings: DataSettings, seed: int) -> Dataset:
 
 
 def _jsonl(settings: DataSettings, seed: int) -> Dataset:
+    if not settings.path and settings.prompts:  # nobody to learn from: other selectors label (labels.selectors)
+        return Dataset({}, (), ())
     if not settings.path:
         raise ConfigError("data.path: empty; name the files with the comparisons, such as data.path=[mine.jsonl]")
     comparisons, report = read_comparisons(settings.path, drop_empty=settings.drop_empty, strict=settings.strict)
@@ -120,7 +125,7 @@ def _tldr(settings: DataSettings, seed: int) -> Dataset:
         )
     dataset = _shared_out(comparisons, report, settings, seed)
     posts, digests = _unlabeled_posts(folder, {comparison.prompt for comparison in comparisons})
-    dataset = replace(dataset, digests=dataset.digests | digests)
+    dataset = replace(dataset, digests=dataset.digests | digests, fields={**dataset.fields, **posts})
     return _with_prompts(dataset, posts, seed) if posts else dataset
 
 
@@ -213,6 +218,7 @@ def _shared_out(comparisons: Sequence[Comparison], report: ReadReport, settings:
         report.left_out | division.left_out,
         report.warnings + division.warnings,
         report.files,
+        {comparison.prompt: comparison.meta["fields"] for comparison in comparisons if "fields" in comparison.meta},
     )
     return _with_prompts(dataset, [comparison.prompt for comparison in comparisons], seed)
 
@@ -258,9 +264,11 @@ def _read_prompts(path: str) -> tuple[list[str], dict[str, str]]:
     return prompts, {path: digest.hexdigest()}
 
 
-def _unlabeled_posts(folder: Path, seen: set[str]) -> tuple[list[str], dict[str, str]]:
-    """Posts of the filtered TL;DR data that are in no comparison, the last part of them; none without its files."""
-    posts: dict[str, None] = {}
+def _unlabeled_posts(folder: Path, seen: Container[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Posts of the filtered TL;DR data that are in no comparison, the last part of them, with the fields of each; none
+    without its files.
+    """
+    posts: dict[str, dict[str, str]] = {}
     digests: dict[str, str] = {}
     for name in ("train", "valid", "test"):
         path = _either(folder, name) or _either(folder / "tldr_3_filtered", name)
@@ -271,14 +279,14 @@ def _unlabeled_posts(folder: Path, seen: set[str]) -> tuple[list[str], dict[str,
             try:
                 if isinstance(record, DataError):
                     raise record
-                post = required_text(record, "post")
+                fields = {key: required_text(record, key) for key in ("post", "title", "subreddit")}
             except DataError as error:
                 raise DataError(f"{path}:{number}: {error}") from None
-            if post not in seen and post.strip():
-                posts[post] = None
+            if fields["post"] not in seen and fields["post"].strip():
+                posts.setdefault(fields["post"], fields)
         digests[str(path)] = digest.hexdigest()
-    unlabeled = list(posts)
-    return unlabeled[int(len(unlabeled) * (1 - UNLABELED_SHARE)) :], digests
+    first = int(len(posts) * (1 - UNLABELED_SHARE))
+    return dict(islice(posts.items(), first, None)), digests
 
 
 def _folder(settings: DataSettings, content: str) -> Path:

@@ -19,8 +19,11 @@ def label_completions(
     written: Sequence[Mapping[str, Any]],
     settings: LabelSettings,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    fields: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Preferences from rows of ``completions.jsonl``, and counts of the pairs that were left out, by reason.
+
+    ``fields``: by prompt, what the template may show of it beside its text.
 
     Every pair of different, not empty completions of a prompt is read by every selector in both orders, and the vote
     decides, with its probability: p > 0.5 makes A the chosen one, p < 0.5 makes B the chosen one (mistake 1).
@@ -42,7 +45,8 @@ def label_completions(
             elif texts[a] == texts[b]:
                 left_out["equal completions"] += 1
             else:
-                fitting, _ = selector.encode([Comparison(entry["prompt"], texts[a], texts[b])])
+                meta = {"fields": (fields or {}).get(entry["prompt"], {})}
+                fitting, _ = selector.encode([Comparison(entry["prompt"], texts[a], texts[b], meta=meta)])
                 if fitting:
                     pairs.append((row, a, b))
                     encoded += fitting

@@ -6,6 +6,7 @@ and goes on where its last saved state was. ``session.py`` is what all stages sh
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from fedbiscuit.config import Config
@@ -14,7 +15,8 @@ from fedbiscuit.pipeline.comparing import evaluate_run
 from fedbiscuit.pipeline.judges import check_judges
 from fedbiscuit.pipeline.labels import check_labeling, write_and_label
 from fedbiscuit.pipeline.rounds import train_all
-from fedbiscuit.pipeline.session import Progress, open_run, open_session, silent
+from fedbiscuit.pipeline.session import Progress, Session, open_run, open_session, silent
+from fedbiscuit.types import ConfigError
 
 __all__ = ["Progress", "align", "evaluate", "label", "run_all", "train_selectors"]
 
@@ -26,7 +28,8 @@ def run_all(cfg: Config, resume: bool = False, progress: Progress = silent) -> P
         check_judges(session)
         if labels:
             check_labeling(session)
-        train_all(session)
+        if not cfg.labels.selectors:
+            train_all(session)
         if labels:
             write_and_label(session)
             align_policy(session)
@@ -36,6 +39,8 @@ def run_all(cfg: Config, resume: bool = False, progress: Progress = silent) -> P
 
 def train_selectors(cfg: Config, resume: bool = False, progress: Progress = silent) -> Path:
     """Train the selectors federatedly; leaves ``selectors/u0..`` in the run folder."""
+    if cfg.labels.selectors:
+        raise ConfigError(f"labels.selectors: this run takes the selectors of {cfg.labels.selectors} and trains none")
     with open_session(cfg, resume, progress) as session:
         train_all(session)
         return session.run.path
@@ -43,16 +48,26 @@ def train_selectors(cfg: Config, resume: bool = False, progress: Progress = sile
 
 def label(cfg: Config, progress: Progress = silent) -> Path:
     """Let the policy write and the selectors choose; leaves ``completions.jsonl`` and ``preferences.jsonl``."""
-    with open_run(cfg, progress) as session:
+    with _opened(cfg, progress) as session:
         write_and_label(session)
         return session.run.path
 
 
 def align(cfg: Config, progress: Progress = silent) -> Path:
-    """Fine-tune the policy on ``preferences.jsonl`` by DPO; leaves ``policy/``."""
-    with open_run(cfg, progress) as session:
+    """Fine-tune the policy on ``preferences.jsonl`` by DPO; leaves ``policy/``.
+
+    A run that takes the selectors of another one is labeled first, where that has not been done.
+    """
+    with _opened(cfg, progress) as session:
+        if cfg.labels.selectors:
+            write_and_label(session)
         align_policy(session)
         return session.run.path
+
+
+def _opened(cfg: Config, progress: Progress) -> contextlib.AbstractContextManager[Session]:
+    """A run that exists, or one that begins with labeling because its selectors are those of another run."""
+    return open_session(cfg, True, progress) if cfg.labels.selectors else open_run(cfg, progress)
 
 
 def evaluate(cfg: Config, progress: Progress = silent, checkpoints: bool = False) -> Path:

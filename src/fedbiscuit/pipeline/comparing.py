@@ -31,9 +31,8 @@ def evaluate_run(session: Session, checkpoints: bool = False) -> None:
     """
     check_judges(session)
     started = time.monotonic()
-    chooses = session.cfg.selectors.local.objective == "choice"
     result = {
-        "selectors": _evaluate_selectors(session, checkpoints) if chooses else None,
+        "selectors": _evaluate_selectors(session, checkpoints) if session.trains else None,
         "policy": _evaluate_policy(session, checkpoints) if (session.run.path / "policy").is_dir() else None,
         "left_out": session.left_out,
     }

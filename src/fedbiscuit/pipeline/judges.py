@@ -16,7 +16,7 @@ from fedbiscuit.pipeline.session import Session, silent
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.types import Comparison, ConfigError, Weights
 
-__all__ = ["Judge", "check_judges", "judges_of", "verdicts"]
+__all__ = ["Judge", "check_judges", "judges_of", "labeler", "labeling_selector", "verdicts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,31 @@ class Judge:
 def check_judges(session: Session) -> None:
     """Stop where ``evaluation.judges`` names what cannot judge, before anything is computed."""
     for path in session.cfg.evaluation.judges:
-        _settings(path)
+        _settings(session, path, "evaluation.judges")
+
+
+def labeling_selector(session: Session) -> Selector:
+    """What reads the policy's answers to label them: the selector of this run, or of the one that ``labels.selectors`` names."""
+    other = session.cfg.labels.selectors
+    return _selector(session, _settings(session, other, "labels.selectors")) if other else session.selector
+
+
+def labeler(session: Session) -> Judge:
+    """Who labels the policy's answers, with the adapters that vote."""
+    labels = session.cfg.labels
+    if not labels.selectors:
+        return Judge("the selectors' vote", session.selector, session.selectors(), labels, False)
+    selector = labeling_selector(session)
+    run = RunDir.view(labels.selectors)
+    names = sorted((path.name for path in (run.path / "selectors").glob("u*")), key=lambda name: int(name[1:]))
+    adapters = tuple(run.load_adapter(f"selectors/{name}", base=selector.lm.digest) for name in names)
+    return Judge(f"the vote of the selectors of {run.path.name}, which labeled", selector, adapters, labels, False)
 
 
 def judges_of(session: Session) -> list[Judge]:
-    """This run's own selectors, and those of the runs that ``evaluation.judges`` names."""
+    """Who labeled, and the selectors of the runs that ``evaluation.judges`` names."""
     cfg = session.cfg
-    own = []
-    if cfg.selectors.local.objective == "choice":
-        own = [Judge("the selectors' vote", session.selector, session.selectors(), cfg.labels, False)]
+    own = [labeler(session)] if cfg.selectors.local.objective == "choice" else []
     return own + [_judge_from(session, path) for path in cfg.evaluation.judges]
 
 
@@ -66,7 +82,10 @@ def _said(
     session: Session, judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
 ) -> list[float]:
     """(n) probability that the first answer is better, by the vote in both orders; equal answers are a tie."""
-    comparisons = [Comparison(p, a, b) for p, a, b in zip(prompts, first, second, strict=True)]
+    fields = session.dataset.fields
+    comparisons = [
+        Comparison(p, a, b, meta={"fields": fields.get(p, {})}) for p, a, b in zip(prompts, first, second, strict=True)
+    ]
     fitting, left_out = judge.selector.encode(comparisons)
     margins = letter_margins(judge.selector, judge.adapters, fitting, session.cfg.evaluation.batch_size)
     said = iter(vote(choice_probability(margins, judge.labels.temperature), judge.labels.vote).probability.tolist())
@@ -78,29 +97,33 @@ def _said(
     return [0.5 if a == b else p for p, a, b in zip(probabilities, first, second, strict=True)]
 
 
-def _settings(path: str) -> Config:
-    """Settings of a run that can judge; ``ConfigError`` says why it cannot."""
+def _settings(session: Session, path: str, key: str) -> Config:
+    """Settings of a run that can judge; ``ConfigError`` says why it cannot. ``key``: the setting that names it."""
     folder = Path(path)
     if not (folder / "selectors" / "u0").is_dir():
         raise ConfigError(
-            f"evaluation.judges: {path} has no trained selectors; name run folders that `fedbiscuit train` made"
+            f"{key}: {path} has no trained selectors; name the folder of a run that `fedbiscuit train` made"
         )
     cfg = load_config(folder / "config.yaml")
     needed = [field for field in load_template(cfg.data.template).fields if field in EXTRA]
-    if needed:
+    if needed and not session.dataset.fields:
         raise ConfigError(
-            f"evaluation.judges: the template {cfg.data.template} of {path} needs {needed}, which the policy's prompts do not "
+            f"{key}: the template {cfg.data.template} of {path} needs {needed}, which the policy's prompts do not "
             "have; name a run with another template"
         )
     return cfg
 
 
+def _selector(session: Session, cfg: Config) -> Selector:
+    """The selector of another run's settings."""
+    data = cfg.data
+    return Selector.of(session.lm_of(cfg.model), load_template(data.template), data.choice_tokens, data.max_tokens)
+
+
 def _judge_from(session: Session, path: str) -> Judge:
-    cfg = _settings(path)
-    judging = Session(cfg, RunDir.view(path), load(cfg.data, cfg.seed), silent)
+    cfg = _settings(session, path, "evaluation.judges")
+    judging = Session(cfg, RunDir.view(path), load(cfg.data, cfg.seed), silent, models=session.models)
     judging.run.check_same("manifest.json", {"data": judging.dataset.digests}, "data files")
-    if cfg.model == session.cfg.model:
-        judging.lm = session.lm
     both = judging.clients.keys() & session.clients.keys()
     if cfg.data.source == session.cfg.data.source == "demo" and cfg.seed != session.cfg.seed:
         both = set()  # the worlds of two seeds call different people by the same names

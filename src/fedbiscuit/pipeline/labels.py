@@ -11,6 +11,7 @@ from fedbiscuit.data.encoding import EXTRA
 from fedbiscuit.models.generation import Sampling, generate
 from fedbiscuit.models.labeling import label_completions
 from fedbiscuit.models.lm import LM
+from fedbiscuit.pipeline.judges import labeler, labeling_selector
 from fedbiscuit.pipeline.session import Session
 from fedbiscuit.types import Comparison, ConfigError, DataError
 
@@ -19,18 +20,18 @@ __all__ = ["check_labeling", "write", "write_and_label", "write_raw"]
 
 def check_labeling(session: Session) -> None:
     """Stop before anything is trained where the answers that the policy will write could not be labeled."""
-    template, cfg = session.selector.template, session.cfg
-    missing = [field for field in template.fields if field in EXTRA]
-    if missing:
+    selector, cfg = labeling_selector(session), session.cfg
+    missing = [field for field in selector.template.fields if field in EXTRA]
+    if missing and not session.dataset.fields:
         raise ConfigError(
-            f"data.template: {template.name} needs {missing}, which the policy's prompts do not have, so its answers cannot be "
-            "labeled; use another template, or only `fedbiscuit train` and `fedbiscuit evaluate`"
+            f"data.template: {selector.template.name} needs {missing}, which the policy's prompts do not have, so its answers "
+            "cannot be labeled; use another template, or only `fedbiscuit train` and `fedbiscuit evaluate`"
         )
-    smallest, _ = session.selector.encode([Comparison("x", "x", "x")])
-    needed = 2 * cfg.generation.max_new_tokens + (len(smallest[0].ab) if smallest else cfg.data.max_tokens)
-    if needed > cfg.data.max_tokens:
+    smallest, _ = selector.encode([Comparison("x", "x", "x", meta={"fields": dict.fromkeys(EXTRA, "x")})])
+    needed = 2 * cfg.generation.max_new_tokens + (len(smallest[0].ab) if smallest else selector.max_tokens)
+    if needed > selector.max_tokens:
         raise ConfigError(
-            f"data.max_tokens: {cfg.data.max_tokens}, but two answers of generation.max_new_tokens="
+            f"data.max_tokens: {selector.max_tokens}, but two answers of generation.max_new_tokens="
             f"{cfg.generation.max_new_tokens} and the template can take {needed} tokens; raise it, or let answers be shorter"
         )
     if not session.prompts:
@@ -41,7 +42,7 @@ def write_and_label(session: Session) -> None:
     """``completions.jsonl``, batch by batch, then ``preferences.jsonl``, whole."""
     run, cfg = session.run, session.cfg
     check_labeling(session)
-    adapters = session.selectors()
+    judge = labeler(session)
     prompts = session.prompts[: cfg.generation.num_prompts or None]
     _write_completions(session, prompts)
     if run.read_json("labels.json") is not None:
@@ -52,7 +53,9 @@ def write_and_label(session: Session) -> None:
     def progress(done: int, total: int) -> None:
         session.progress("labels", done, total, "pairs")
 
-    rows, left_out = label_completions(session.selector, adapters, written, cfg.labels, progress)
+    rows, left_out = label_completions(
+        judge.selector, judge.adapters, written, cfg.labels, progress, session.dataset.fields
+    )
     if not rows:
         reason = max(left_out, key=left_out.__getitem__)
         raise DataError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from fedbiscuit.backends.client import Desk
-from fedbiscuit.config import Config, FederatedSettings, dump_config, load_config
+from fedbiscuit.config import Config, FederatedSettings, ModelSettings, dump_config, load_config
 from fedbiscuit.data.encoding import load_template
 from fedbiscuit.data.partition import named_groups, set_apart
 from fedbiscuit.data.sources import Dataset, load
@@ -40,17 +40,23 @@ class Session:
     progress: Progress
     left_out: dict[str, int] = field(default_factory=dict)
     shortened: int = 0
+    models: dict[ModelSettings, LM] = field(default_factory=dict)
 
-    @cached_property
+    def lm_of(self, settings: ModelSettings) -> LM:
+        """The LM of these settings, loaded once."""
+        if settings not in self.models:
+            self.models[settings] = load_lm(settings)
+        return self.models[settings]
+
+    @property
     def lm(self) -> LM:
         """The selectors' LM."""
-        return load_lm(self.cfg.model)
+        return self.lm_of(self.cfg.model)
 
-    @cached_property
+    @property
     def policy_lm(self) -> LM:
         """The LM to align: the selectors' own unless the settings name another."""
-        other = self.cfg.policy_model
-        return self.lm if other is None or other == self.cfg.model else load_lm(other)
+        return self.lm_of(self.cfg.policy_model or self.cfg.model)
 
     @cached_property
     def selector(self) -> Selector:
@@ -95,6 +101,8 @@ class Session:
     @cached_property
     def _everyone(self) -> dict[ClientId, ClientData]:
         """The comparisons that fit ``max_tokens``, of every client that has some to train on; the rest is in ``left_out``."""
+        if not self.dataset.clients:
+            raise DataError("data.path: empty; name the files with the comparisons to train on")
         fitting = {}
         for client, data in self.dataset.clients.items():
             parts = [self._fitting(part) for part in (data.train, data.validation, data.test)]
@@ -164,6 +172,11 @@ class Session:
             )
         longer = {id(comparison) for comparison in too_long}
         return tuple(comparison for comparison in comparisons if id(comparison) not in longer)
+
+    @property
+    def trains(self) -> bool:
+        """Whether this run trains selectors: not where it trains a policy, or takes the selectors of another run."""
+        return self.cfg.selectors.local.objective == "choice" and not self.cfg.labels.selectors
 
     def selectors(self, folder: str = "selectors") -> tuple[Weights, ...]:
         """The trained selectors of this run. A missing one is an error: nobody labels with random weights (mistake 10)."""
