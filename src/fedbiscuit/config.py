@@ -245,6 +245,10 @@ class FederatedSettings(Section):
     patience: CountOrOff = Field(
         0, description="evaluations without a better validation loss before stopping; 0: never"
     )
+    kind: Literal["choice", "reward"] = Field(
+        "choice",
+        description="choice: a selector reads both answers; reward: it scores each by itself (the baseline FedRM)",
+    )
 
 
 def least_replies(cfg: FederatedSettings) -> int:
@@ -404,6 +408,8 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     for client, u in chosen.groups.items():
         if u >= chosen.num_adapters:
             yield f"selectors.groups.{client}", f"{u} is not permitted; adapters are 0 to {chosen.num_adapters - 1}"
+    if chosen.kind == "reward" and chosen.local.objective != "choice":
+        yield "selectors.kind", f"objective {chosen.local.objective} trains the policy itself; leave kind out"
     if chosen.population == "local" and chosen.local.objective != "choice":
         yield (
             "selectors.population",

@@ -84,6 +84,15 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_reward_model_is_a_run_like_any_other(tmp_path, tiny_model):
+    cfg = settings(tmp_path, tiny_model, "selectors.kind=reward", name="rewards")
+    folder = pipeline.run_all(cfg)
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["selectors"]["rows"][0]["flip_rate"] == 0.0
+    assert (folder / "policy" / "adapter_model.safetensors").exists()
+    assert "reward-model" in (folder / "selectors" / "u0" / "README.md").read_text()
+
+
 def test_a_run_leaves_what_the_design_says(finished):
     run, _ = finished
     expected = """config.yaml manifest.json metrics.jsonl completions.jsonl preferences.jsonl evaluation.json policy

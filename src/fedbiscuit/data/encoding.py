@@ -14,7 +14,16 @@ from pathlib import Path
 
 from fedbiscuit.types import Comparison, ConfigError, DataError
 
-__all__ = ["EXTRA", "TEMPLATES", "EncodedComparison", "Encoder", "Template", "encode_comparison", "load_template"]
+__all__ = [
+    "EXTRA",
+    "TEMPLATES",
+    "EncodedComparison",
+    "Encoder",
+    "Template",
+    "encode_answers",
+    "encode_comparison",
+    "load_template",
+]
 
 Encoder = Callable[[str], Sequence[int]]
 """Text to token ids, without special tokens added or parsed."""
@@ -42,7 +51,8 @@ class Template:
 class EncodedComparison:
     """One comparison as token ids, ready for a selector.
 
-    ``ab`` shows (A, B) and ``ba`` shows (B, A); each ends right before the letter. ``cut`` is the number of prompt tokens
+    ``ab`` shows (A, B) and ``ba`` shows (B, A); each ends right before the letter. For a reward model, which reads one answer
+    at a time, ``ab`` shows A and ``ba`` shows B. ``cut`` is the number of prompt tokens
     that were left out to fit.
     """
 
@@ -69,6 +79,14 @@ TEMPLATES = {
         "Question: {prompt}\n\nReply A: {output_a}\n\nReply B: {output_b}\n\nThe more helpful reply is:"
     ),
 }
+
+
+REWARD = (
+    "A response to a request is shown. Judge how good it is.\n\nRequest:",
+    "\n\nResponse:",
+    "\n\nHow good the response is:",
+)
+"""What stands before the prompt, before the answer and behind it, where a reward model reads one answer."""
 
 
 def load_template(name_or_path: str) -> Template:
@@ -139,6 +157,24 @@ def encode_comparison(
     parts[a], parts[b] = parts[b], parts[a]
     ba = tuple(start) + tuple(token for part in parts for token in part)
     return EncodedComparison(ab, ba, comparison.choice, comparison.id, cut)
+
+
+def encode_answers(
+    comparison: Comparison, encode: Encoder, max_tokens: int, start: Sequence[int] = ()
+) -> EncodedComparison | None:
+    """Each answer by itself below the prompt, for a reward model; None where the longer one does not fit.
+
+    The prompt is shortened from its end, for both answers alike, as in ``encode_comparison``.
+    """
+    before, between, behind = (list(encode(part)) for part in REWARD)
+    prompt, *answers = (
+        list(encode(f" {text}")) for text in (comparison.prompt, comparison.output_a, comparison.output_b)
+    )
+    room = max_tokens - len(start) - len(before) - len(between) - len(behind) - max(map(len, answers))
+    if room < 0:
+        return None
+    a, b = ((*start, *before, *prompt[:room], *between, *answer, *behind) for answer in answers)
+    return EncodedComparison(a, b, comparison.choice, comparison.id, max(0, len(prompt) - room))
 
 
 def _texts(comparison: Comparison, template: Template) -> list[str]:

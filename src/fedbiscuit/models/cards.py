@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["baseline_card", "policy_card", "selector_card"]
+__all__ = ["baseline_card", "policy_card", "reward_card", "selector_card"]
 
 HEAD = """---
 base_model: {base}
@@ -26,6 +26,16 @@ def selector_card(base: str, u: int, num_adapters: int, rounds: int, template: s
         f"responses in the template `{template}` and answers with {letters[0]!r} or {letters[1]!r} as the next token. "
         "Read every pair in both orders and average: one order alone is biased.\n\n"
         + LOAD.format(base=base, folder=f"selectors/u{u}")
+    )
+
+
+def reward_card(base: str, u: int, num_adapters: int, rounds: int) -> str:
+    """The card of reward model ``u``, the baseline."""
+    return HEAD.format(base=base, tag="reward-model") + (
+        f"# Reward model {u} of {num_adapters}\n\n"
+        f"A LoRA adapter of `{base}` with a head (`score.weight`), trained federatedly over {rounds} rounds by fedbiscuit. It "
+        "reads a prompt and one response and gives it a score; the difference of two scores is the log odds that the first "
+        "response is preferred. A baseline to compare preference selectors with. PEFT loads the LoRA part only.\n"
     )
 
 

@@ -49,13 +49,18 @@ CONVERSION = "1"
 """Changes when the conversion below writes something else, so that old caches are left alone."""
 
 
+SCORE = "base_model.model.score.weight"
+"""The head of a reward model among an adapter's tensors, (1, d): named as PEFT names that of a sequence classifier."""
+
+
 class LM:
     """A causal LM, its tokenizer, and one LoRA adapter slot. Holds the device's memory; make one a device.
 
-    model: the PEFT-wrapped transformers model. name: what the user wrote. digest: sha256 of the model's files.
+    model: the PEFT-wrapped transformers model. name: what the user wrote. digest: sha256 of the model's files. scores: the
+    adapter has a head too, which gives a hidden state a score (reward models).
     """
 
-    def __init__(self, model: peft.PeftModel, tokenizer: Any, name: str, digest: str):
+    def __init__(self, model: peft.PeftModel, tokenizer: Any, name: str, digest: str, scores: bool = False):
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -69,6 +74,11 @@ class LM:
             for name, parameter in model.named_parameters()
             if ".lora_" in name
         }
+        self._score: torch.nn.Parameter | None = None
+        if scores:
+            config: Any = self._causal.config
+            head = torch.zeros(1, config.get_text_config().hidden_size, device=self.device)
+            self._score = self._slots[SCORE] = torch.nn.Parameter(head)
         self._encoded: dict[str, tuple[int, ...]] = {}
         self._skipped = range(0)
         self._places: Tensor | None = None
@@ -263,6 +273,12 @@ class LM:
         cap = getattr(self._causal.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def scores(self, hidden: Tensor) -> Tensor:
+        """(n, d) hidden states to (n,) scores by the adapter's head, float32."""
+        if self._score is None:
+            raise RuntimeError("this LM was loaded without a head for scores; load_lm(settings, scores=True)")
+        return torch.nn.functional.linear(hidden.float(), self._score)[:, 0]
+
     def pack(self, sequences: Sequence[Sequence[int]]) -> Forest:
         """``trees.pack`` on this model's device."""
         return pack(sequences, self.device, side_by_side=self.side_by_side)
@@ -298,7 +314,10 @@ class LM:
                 parameter.copy_(weights[name])
 
     def new_adapter(self, *key: object) -> Weights:
-        """A fresh adapter, a function of the key alone: A uniform as in LoRA's paper and PEFT, B zero."""
+        """A fresh adapter, a function of the key alone: A uniform as in LoRA's paper and PEFT, B zero.
+
+        A head for scores is normal with variance 1 / (d + 1), as in Stiennon et al. (2020).
+        """
         generator = torch.Generator().manual_seed(seed_for(*key))
         weights: Weights = {}
         for name, parameter in sorted(self._slots.items()):
@@ -306,6 +325,8 @@ class LM:
             if "lora_A" in name:
                 bound = math.sqrt(3.0) * math.sqrt(2.0 / (1 + 5)) / math.sqrt(parameter.shape[1])
                 weights[name].uniform_(-bound, bound, generator=generator)
+            elif name == SCORE:
+                weights[name].normal_(0.0, (parameter.shape[1] + 1) ** -0.5, generator=generator)
         return weights
 
     def trainable(self, freeze_a: bool = False) -> dict[str, torch.nn.Parameter]:
@@ -328,8 +349,11 @@ class LM:
         return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
-def load_lm(settings: ModelSettings) -> LM:
-    """Find, load and wrap a model. Raises ``ConfigError`` that names what is missing, before anything is trained."""
+def load_lm(settings: ModelSettings, scores: bool = False) -> LM:
+    """Find, load and wrap a model; ``scores``: with a head for a reward model.
+
+    Raises ``ConfigError`` that names what is missing, before anything is trained.
+    """
     folder, digest = resolve_model(settings.base)
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
@@ -346,7 +370,7 @@ def load_lm(settings: ModelSettings) -> LM:
     wrapped.to(device)
     wrapped.eval()
     fuse_lora(wrapped)
-    lm = LM(wrapped, tokenizer, settings.base, digest)
+    lm = LM(wrapped, tokenizer, settings.base, digest, scores)
     _check_fast_path(lm)
     return lm
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedbiscuit.data.encoding import EncodedComparison, Template, encode_comparison
+from fedbiscuit.data.encoding import EncodedComparison, Template, encode_answers, encode_comparison
 from fedbiscuit.models.lm import LM
 from fedbiscuit.models.losses import choice_loss
 from fedbiscuit.models.trees import Forest
@@ -24,7 +25,12 @@ __all__ = ["VOTES", "Selector", "Vote", "choice_probability", "letter_margins", 
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """How comparisons are put to an LM: the template, the two letters, the longest input in tokens."""
+    """How comparisons are put to an LM: the template, the two letters, the longest input in tokens.
+
+    With the kind ``reward`` it is the baseline FedRM instead: the LM reads one answer at a time, a head scores it, and the
+    two letters' logits are the scores of the answers that they stand for. So the loss is that of Bradley and Terry, and
+    whatever reads margins reads these too; both orders agree by construction.
+    """
 
     lm: LM
     template: Template
@@ -32,10 +38,17 @@ class Selector:
     max_tokens: int
     trunks: Trunks | None = None
     """What is kept of comparisons that are read again and again; None: nothing."""
+    kind: Literal["choice", "reward"] = "choice"
 
     @classmethod
     def of(
-        cls, lm: LM, template: Template, choice_tokens: tuple[str, str], max_tokens: int, trunk_bytes: int = 0
+        cls,
+        lm: LM,
+        template: Template,
+        choice_tokens: tuple[str, str],
+        max_tokens: int,
+        trunk_bytes: int = 0,
+        kind: Literal["choice", "reward"] = "choice",
     ) -> Selector:
         """Check that both letters are one token each and differ; ``ConfigError`` says what they are."""
         ids = [tuple(lm.tokenizer(token, add_special_tokens=False).input_ids) for token in choice_tokens]
@@ -51,18 +64,23 @@ class Selector:
                 f"data.max_tokens: {max_tokens}, but {lm.name} reads at most {lm.context} tokens; lower it"
             )
         trunks = Trunks(lm, trunk_bytes) if trunk_bytes and lm.has_trunk else None
-        return cls(lm, template, (ids[0][0], ids[1][0]), max_tokens, trunks)
+        return cls(lm, template, (ids[0][0], ids[1][0]), max_tokens, trunks, kind)
 
     def encode(self, comparisons: Sequence[Comparison]) -> tuple[list[EncodedComparison], list[Comparison]]:
         """Token ids in both orders, and the comparisons whose two answers do not fit."""
         fitting, left_out = [], []
         for comparison in comparisons:
-            encoded = encode_comparison(comparison, self.template, self.lm.encode, self.max_tokens, self.lm.start)
+            encoded = self._encoded(comparison)
             if encoded is None:
                 left_out.append(comparison)
             else:
                 fitting.append(encoded)
         return fitting, left_out
+
+    def _encoded(self, comparison: Comparison) -> EncodedComparison | None:
+        if self.kind == "reward":
+            return encode_answers(comparison, self.lm.encode, self.max_tokens, self.lm.start)
+        return encode_comparison(comparison, self.template, self.lm.encode, self.max_tokens, self.lm.start)
 
     def logits(self, encoded: Sequence[EncodedComparison]) -> Tensor:
         """(n, 2 orders, 2 letters) logits with the adapter in the slot; differentiable."""
@@ -86,8 +104,12 @@ class Selector:
         return self.lm.pack([ids for item in encoded for ids in (item.ab, item.ba)])
 
     def _letters(self, forest: Forest, trunk: Tensor | None) -> Tensor:
+        hidden = self.lm.hidden_at(forest, forest.last, trunk)
+        if self.kind == "reward":
+            scores = self.lm.scores(hidden).view(-1, 2)
+            return torch.stack([scores, scores.flip(1)], dim=1)
         rows = torch.tensor(self.letters, device=self.lm.device)
-        return self.lm.logits(self.lm.hidden_at(forest, forest.last, trunk), rows).view(-1, 2, 2)
+        return self.lm.logits(hidden, rows).view(-1, 2, 2)
 
 
 def selector_loss(selector: Selector, encoded: Sequence[EncodedComparison]) -> Tensor:

@@ -116,8 +116,9 @@ def _settings(session: Session, path: str, key: str) -> Config:
 
 def _selector(session: Session, cfg: Config) -> Selector:
     """The selector of another run's settings."""
-    data = cfg.data
-    return Selector.of(session.lm_of(cfg.model), load_template(data.template), data.choice_tokens, data.max_tokens)
+    data, kind = cfg.data, cfg.selectors.kind
+    lm = session.lm_of(cfg.model, kind == "reward")
+    return Selector.of(lm, load_template(data.template), data.choice_tokens, data.max_tokens, kind=kind)
 
 
 def _judge_from(session: Session, path: str) -> Judge:

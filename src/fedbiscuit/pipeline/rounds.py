@@ -11,7 +11,7 @@ from fedbiscuit.data.partition import pooled
 from fedbiscuit.evaluation.metrics import summarize
 from fedbiscuit.evaluation.selectors import judge_by_group, score_clients
 from fedbiscuit.federated.algorithm import assign, fedbiscuit_round, init_state
-from fedbiscuit.models.cards import baseline_card, selector_card
+from fedbiscuit.models.cards import baseline_card, reward_card, selector_card
 from fedbiscuit.pipeline.session import Session, resolved
 from fedbiscuit.types import ClientData, ClientId, RoundRecord, ServerState, Weights
 
@@ -168,5 +168,7 @@ def _save_adapters(session: Session, settings: FederatedSettings, state: ServerS
     letters = session.cfg.data.choice_tokens
     for u, weights in enumerate(state.adapters):
         card = selector_card(lm.public_name, u, len(state.adapters), state.round, session.cfg.data.template, letters)
+        if settings.kind == "reward":
+            card = reward_card(lm.public_name, u, len(state.adapters), state.round)
         session.run.save_adapter(f"{folder}/u{u}", weights, config, card, base=lm.digest)
     session.run.write_json(f"{folder}/groups.json", {"round": state.round, "adapter_of": state.grouping})

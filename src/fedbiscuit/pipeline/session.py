@@ -40,18 +40,18 @@ class Session:
     progress: Progress
     left_out: dict[str, int] = field(default_factory=dict)
     shortened: int = 0
-    models: dict[ModelSettings, LM] = field(default_factory=dict)
+    models: dict[tuple[ModelSettings, bool], LM] = field(default_factory=dict)
 
-    def lm_of(self, settings: ModelSettings) -> LM:
-        """The LM of these settings, loaded once."""
-        if settings not in self.models:
-            self.models[settings] = load_lm(settings)
-        return self.models[settings]
+    def lm_of(self, settings: ModelSettings, scores: bool = False) -> LM:
+        """The LM of these settings, loaded once; ``scores``: with a head for a reward model."""
+        if (settings, scores) not in self.models:
+            self.models[settings, scores] = load_lm(settings, scores)
+        return self.models[settings, scores]
 
     @property
     def lm(self) -> LM:
         """The selectors' LM."""
-        return self.lm_of(self.cfg.model)
+        return self.lm_of(self.cfg.model, self.cfg.selectors.kind == "reward")
 
     @property
     def policy_lm(self) -> LM:
@@ -68,6 +68,7 @@ class Session:
             data.choice_tokens,
             data.max_tokens,
             round(self.cfg.model.trunk_gigabytes * 1e9),
+            self.cfg.selectors.kind,
         )
 
     @cached_property
