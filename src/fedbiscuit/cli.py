@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, validators
 
 import fedbiscuit
 from fedbiscuit.types import ConfigError, FedbiscuitError
@@ -56,13 +56,20 @@ Selector = Annotated[
         help="whose selectors label: the folder of a run, or the config that trained it (labels.selectors)",
     ),
 ]
+Gpus = Annotated[
+    int,
+    Parameter(
+        validator=validators.Number(gte=1, lte=64),
+        help="spread the clients of a round over so many GPUs, or processes where there is none",
+    ),
+]
 Resume = Annotated[
     bool, Parameter(negative="", show_default=False, help="go on where an earlier run into the same folder stopped")
 ]
 
 
 @app.command(sort_key=1)
-def run(config: Source, /, *overrides: Overrides, resume: Resume = False) -> None:
+def run(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus: Gpus = 1) -> None:
     """Do everything: train selectors, label, align the policy, evaluate, and write the report.
 
     Example: fedbiscuit run configs/demo.yaml seed=1 selectors.rounds=20
@@ -73,14 +80,14 @@ def run(config: Source, /, *overrides: Overrides, resume: Resume = False) -> Non
     from fedbiscuit.terminal import ProgressLines, print_evaluation, print_next
 
     with ProgressLines() as progress:
-        run_dir = pipeline.run_all(cfg, resume=resume or is_folder, progress=progress)
+        run_dir = pipeline.run_all(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
     report_path = write_report(run_dir)
     print_evaluation(_evaluation(run_dir))
     print_next(str(report_path), _next_commands(config, overrides, cfg, is_folder))
 
 
 @app.command(sort_key=2)
-def train(config: Source, /, *overrides: Overrides, resume: Resume = False) -> None:
+def train(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus: Gpus = 1) -> None:
     """Train the selectors federatedly (the first stage of run).
 
     Example: fedbiscuit train configs/two_camps.yaml selectors.num_adapters=2
@@ -90,7 +97,7 @@ def train(config: Source, /, *overrides: Overrides, resume: Resume = False) -> N
     from fedbiscuit.terminal import ProgressLines
 
     with ProgressLines() as progress:
-        run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress)
+        run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
     if cfg.selectors.local.objective == "choice":
         _say_next(run_dir, "label", "selectors")
     else:

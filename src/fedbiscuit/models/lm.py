@@ -35,7 +35,7 @@ from fedbiscuit.models.lora import fuse_lora
 from fedbiscuit.models.trees import ATTENTION, SIDE_BY_SIDE, Forest, pack, tree_attention
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError, Weights, seed_for
 
-__all__ = ["LM", "load_lm", "load_tokenizer", "resolve_model"]
+__all__ = ["LM", "device_names", "load_lm", "load_tokenizer", "resolve_model"]
 
 transformers.AttentionInterface.register(ATTENTION, tree_attention)
 transformers.AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
@@ -566,6 +566,17 @@ def _decoded(lm: LM, sequences: Sequence[Sequence[int]]) -> Tensor:
     cache = Cache(forest.paths, 1, lm.device)
     lm.prefill(forest, cache)
     return lm.logits(lm.next_hidden(torch.tensor([s[-1] for s in sequences], device=lm.device), cache))
+
+
+def device_names(name: str, count: int) -> list[str]:
+    """``count`` devices of this machine, beginning with the one that ``model.device`` names: GPUs, or the CPU many times."""
+    first = _device(name)
+    if first.type != "cuda":
+        return [first.type] * count
+    start, there = first.index or 0, torch.cuda.device_count()
+    if start + count > there:
+        raise ConfigError(f"--gpus: {count}, but this machine has {there} GPUs; use at most {there - start}")
+    return [f"cuda:{start + i}" for i in range(count)]
 
 
 def _device(name: str) -> torch.device:

@@ -21,9 +21,12 @@ from fedbiscuit.types import ConfigError
 __all__ = ["Progress", "align", "evaluate", "label", "run_all", "train_selectors"]
 
 
-def run_all(cfg: Config, resume: bool = False, progress: Progress = silent) -> Path:
-    """Everything: train selectors, generate, label, align, evaluate. Returns the run folder."""
-    with open_session(cfg, resume, progress) as session:
+def run_all(cfg: Config, resume: bool = False, progress: Progress = silent, devices: int = 1) -> Path:
+    """Everything: train selectors, generate, label, align, evaluate. Returns the run folder.
+
+    ``devices``: over how many of this machine the clients of a round are spread.
+    """
+    with open_session(cfg, resume, progress, devices) as session:
         labels = cfg.selectors.local.objective == "choice"
         check_judges(session)
         if labels:
@@ -37,11 +40,11 @@ def run_all(cfg: Config, resume: bool = False, progress: Progress = silent) -> P
         return session.run.path
 
 
-def train_selectors(cfg: Config, resume: bool = False, progress: Progress = silent) -> Path:
+def train_selectors(cfg: Config, resume: bool = False, progress: Progress = silent, devices: int = 1) -> Path:
     """Train the selectors federatedly; leaves ``selectors/u0..`` in the run folder."""
     if cfg.labels.selectors:
         raise ConfigError(f"labels.selectors: this run takes the selectors of {cfg.labels.selectors} and trains none")
-    with open_session(cfg, resume, progress) as session:
+    with open_session(cfg, resume, progress, devices) as session:
         train_all(session)
         return session.run.path
 

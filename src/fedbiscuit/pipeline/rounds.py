@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedbiscuit.backends.inprocess import InProcessBackend
 from fedbiscuit.config import FederatedSettings
 from fedbiscuit.data.partition import pooled
 from fedbiscuit.evaluation.metrics import summarize
 from fedbiscuit.evaluation.selectors import judge_by_group, score_clients
 from fedbiscuit.federated.algorithm import assign, fedbiscuit_round, init_state
 from fedbiscuit.models.cards import baseline_card, reward_card, selector_card
+from fedbiscuit.pipeline.devices import backend_for
 from fedbiscuit.pipeline.session import Session, resolved
 from fedbiscuit.types import ClientData, ClientId, RoundRecord, ServerState, Weights
 
@@ -34,33 +34,33 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
     run, seed = session.run, session.cfg.seed
     clients = {"all": pooled(session.clients)} if settings.population == "centralized" else session.clients
     settings = resolved(settings, clients)
-    backend = InProcessBackend(session.desk, clients)
     found = run.load_state(name)
     state = init_state([session.lm.new_adapter(seed, "adapter", u) for u in range(settings.num_adapters)])
     if found is not None:
         state = _unpacked_state(found[1], found[2])
     run.keep_lines(metrics, state.round)
     history = run.read_lines(metrics)
-    while state.round < settings.rounds and not _gave_up(history, settings.patience):
-        state, record = fedbiscuit_round(state, backend, settings, seed)
-        row = _row(record)
-        due = settings.eval_every and state.round % settings.eval_every == 0
-        if due or state.round == settings.rounds:
-            row["metrics"]["validation"] = _validate(session, state, clients, settings)
-        run.append_lines(metrics, [row])
-        run.append_lines("timings.jsonl", [{"stage": name, "step": state.round, "seconds": record.seconds}])
-        history.append(row)
-        if settings.keep_every and state.round % settings.keep_every == 0 and name == "selectors":
-            _save_adapters(session, settings, state, f"checkpoints/round-{state.round:06d}")
-        if settings.patience and _best(history) is row:
-            run.save_state(f"{name}-best", state.round, *_packed_state(state))
-        if (
-            state.round % settings.save_every == 0
-            or state.round == settings.rounds
-            or _gave_up(history, settings.patience)
-        ):
-            run.save_state(name, state.round, *_packed_state(state))
-        session.progress(name, state.round, settings.rounds, _note(row))
+    with backend_for(session, clients) as backend:
+        while state.round < settings.rounds and not _gave_up(history, settings.patience):
+            state, record = fedbiscuit_round(state, backend, settings, seed)
+            row = _row(record)
+            due = settings.eval_every and state.round % settings.eval_every == 0
+            if due or state.round == settings.rounds:
+                row["metrics"]["validation"] = _validate(session, state, clients, settings)
+            run.append_lines(metrics, [row])
+            run.append_lines("timings.jsonl", [{"stage": name, "step": state.round, "seconds": record.seconds}])
+            history.append(row)
+            if settings.keep_every and state.round % settings.keep_every == 0 and name == "selectors":
+                _save_adapters(session, settings, state, f"checkpoints/round-{state.round:06d}")
+            if settings.patience and _best(history) is row:
+                run.save_state(f"{name}-best", state.round, *_packed_state(state))
+            if (
+                state.round % settings.save_every == 0
+                or state.round == settings.rounds
+                or _gave_up(history, settings.patience)
+            ):
+                run.save_state(name, state.round, *_packed_state(state))
+            session.progress(name, state.round, settings.rounds, _note(row))
     best = run.load_state(f"{name}-best") if settings.patience else None
     _save_adapters(session, settings, state if best is None else _unpacked_state(best[1], best[2]), name)
 

@@ -40,6 +40,7 @@ class Session:
     progress: Progress
     left_out: dict[str, int] = field(default_factory=dict)
     shortened: int = 0
+    devices: int = 1
     models: dict[tuple[ModelSettings, bool], LM] = field(default_factory=dict)
 
     def lm_of(self, settings: ModelSettings, scores: bool = False) -> LM:
@@ -186,15 +187,18 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(cfg: Config, resume: bool, progress: Progress) -> Iterator[Session]:
-    """Load the data, lock the run folder, check that it belongs to these settings and data, write both down."""
+def open_session(cfg: Config, resume: bool, progress: Progress, devices: int = 1) -> Iterator[Session]:
+    """Load the data, lock the run folder, check that it belongs to these settings and data, write both down.
+
+    ``devices``: over how many of this machine the clients of a round are spread.
+    """
     dataset = load(cfg.data, cfg.seed)
     for warning in dataset.warnings:
         log.warning("%s", warning)
     with RunDir.open(run_path(cfg.runs_dir, cfg.name), resume=resume) as run:
         _check_settings(run, cfg)
         run.check_same("manifest.json", {"data": dataset.digests}, "data files")
-        session = Session(cfg, run, dataset, progress, dict(dataset.left_out))
+        session = Session(cfg, run, dataset, progress, dict(dataset.left_out), devices=devices)
         if run.read_json("manifest.json") is None:
             digests = {"data": dataset.digests, "model": session.lm.digest, "seed": cfg.seed}
             run.write_json("manifest.json", machine_manifest(device=str(session.lm.device)) | digests)
