@@ -342,12 +342,20 @@ def _next_commands(config: Path, overrides: Sequence[str], cfg: Config, is_folde
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (2 user, 3 machine, 4 clients, 5 files, 130 interrupted, else 1)."""
+    """Run one command; returns the exit code (2 user, 3 machine, 4 clients, 5 files, 130 interrupted, else 1).
+
+    Under ``accelerate launch`` or ``torchrun`` the number of processes is that of ``--gpus``.
+    """
     from fedbiscuit.terminal import print_error
 
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or bool(os.environ.get("FEDBISCUIT_DEBUG"))
     words = [word for word in words if word != "--debug"]
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if launched > 1 and os.environ.get("RANK", "0") != "0":
+        return 0  # of the processes that a launcher started, the first one spreads the work by itself
+    if launched > 1 and words[:1] in (["run"], ["train"]) and "--gpus" not in words:
+        words += ["--gpus", str(launched)]
     try:
         with _signals(), _quiet_libraries():
             returned = app(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedbiscuit import pipeline
 from fedbiscuit.backends.devices import Helper
+from fedbiscuit.config import dump_config
 from fedbiscuit.types import EnvironmentFault
 
 SPEC = importlib.util.spec_from_file_location("flow_run", Path(__file__).with_name("test_run.py"))
@@ -69,4 +72,20 @@ def test_a_helper_does_its_part_and_when_it_is_killed_the_run_stops_and_can_go_o
     assert {"train", "evaluate", "seat"} & set(asked)
     two = pipeline.train_selectors(settings(tmp_path, tiny_model, name="two"), resume=True)
     one = pipeline.train_selectors(settings(tmp_path, tiny_model, name="one"))
+    assert contents(two) == contents(one)
+
+
+def test_under_a_launcher_the_first_process_does_the_work_and_the_others_end(tmp_path, tiny_model):
+    cfg = settings(tmp_path, tiny_model, name="launched")
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(cfg))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    words = ["fedbiscuit", "train", str(config), "selectors.rounds=3", "evaluation.compare_global=false"]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is ready; next:") == 1
+    two = tmp_path / "runs" / "launched"
+    one = pipeline.train_selectors(
+        settings(tmp_path, tiny_model, "selectors.rounds=3", "evaluation.compare_global=false", name="one")
+    )
     assert contents(two) == contents(one)

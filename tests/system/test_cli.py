@@ -55,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
     pipeline, report = types.ModuleType("fedbiscuit.pipeline"), types.ModuleType("fedbiscuit.report")
 
     def stage(name: str):
-        def work(cfg, *, progress, resume=True, checkpoints=False):
+        def work(cfg, *, progress, resume=True, checkpoints=False, devices=1):
             made.append((name, cfg, resume))
             progress(name, 1, 2, "accuracy 0.5")
             progress(name, 2, 2, "accuracy 0.6")
