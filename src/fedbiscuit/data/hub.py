@@ -45,7 +45,7 @@ def _loaded(place: str, otherwise: str) -> Mapping[str, Any]:
     try:
         return _load(name, config)
     except known as error:
-        told = str(error).strip().splitlines()
+        told = str(error.__cause__ or error).strip().splitlines()
         raise DataError(
             f"{place}: cannot be loaded: {told[0] if told else type(error).__name__}; check the name and the network; "
             f"{otherwise}"
