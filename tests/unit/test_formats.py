@@ -364,24 +364,26 @@ def test_tldr_summaries_without_the_comparisons_say_that_none_are_left_out(tmp_p
 # The Hub
 
 
-def hub_copy(folder: Path) -> None:
-    """A folder as the Hub has it: two configurations, of which one has people's preferences."""
-    lines(folder / "easy" / "train.jsonl", *(TRL["plain"](i) for i in range(30)))
-    lines(folder / "easy" / "test.jsonl", *(TRL["plain"](i) for i in range(30, 36)))
-    lines(folder / "hard" / "train.jsonl", *(TRL["plain"](i) for i in range(100, 110)))
-    names = ("easy", "hard")
-    configs = "".join(
-        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train.jsonl\n" for name in names
-    )
-    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n# A set\n")
-
-
 def test_a_set_with_configurations_is_read_by_name_and_only_that_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    hub_copy(tmp_path / "someone" / "some_set")
+    folder = tmp_path / "someone" / "some_set"
+    lines(folder / "files" / "easy.jsonl", *(TRL["plain"](i) for i in range(30)))
+    lines(folder / "files" / "hard.jsonl", *(TRL["plain"](i) for i in range(100, 110)))
+    configs = "".join(f"- config_name: {name}\n  data_files: files/{name}.jsonl\n" for name in ("easy", "hard"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n# A set\n")
     found = everything(read("trl", "hub:someone/some_set/hard"))
-    assert not (tmp_path / "someone" / "some_set" / "hard").is_dir() or len(found) == 10
     assert {c.prompt for c in found} == {f"The sky {i} is" for i in range(100, 110)}
+
+
+def test_a_set_without_such_a_configuration_is_read_from_its_folder_of_that_name(tmp_path, monkeypatch):
+    from fedbiscuit.data.hub import _load
+
+    monkeypatch.chdir(tmp_path)
+    write_hh(tmp_path / "someone" / "hh")
+    found = _load("someone/hh", "helpful-base")
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 30, "test": 4}
+    assert found["train"][0] == hh_row("helpful-base 0")
+    assert {c.domain for c in everything(read("hh", "hub:someone/hh/helpful-base"))} == {"helpful-base"}
 
 
 def test_splits_of_a_set_become_ours_and_one_can_be_chosen(tmp_path):
