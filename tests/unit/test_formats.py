@@ -115,6 +115,12 @@ def test_hh_domains_are_its_folders_so_that_clients_can_be_made_of_them(tmp_path
     }
 
 
+def test_hh_files_in_the_folder_where_one_works_have_no_domain(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines(Path("train.jsonl.gz"), *(hh_row(i) for i in range(5)))
+    assert {c.domain for c in everything(read("hh", "train.jsonl.gz"))} == {None}
+
+
 def test_hh_counts_what_is_no_comparison_of_two_answers(tmp_path):
     other = hh_row("other")["rejected"]
     rows = [
@@ -289,6 +295,14 @@ def test_columns_that_nobody_reads_are_refused_before_anything_is_read():
         parse_config("data: {source: hh, columns: {chosen: win}}")
 
 
+def test_an_implied_prompt_ends_at_a_word_even_where_the_answers_begin_alike(tmp_path):
+    rows = [{"chosen": f"{i}: is the sky\nblue or red", "rejected": f"{i}: is the sky\nblack"} for i in range(5)]
+    found = everything(read("trl", lines(tmp_path / "a.jsonl", *rows)))
+    assert {(c.prompt, c.chosen, c.rejected) for c in found} == {
+        (f"{i}: is the sky", "blue or red", "black") for i in range(5)
+    }
+
+
 def test_comparisons_without_a_common_prompt_are_counted(tmp_path):
     rows = [TRL["plain, prompt implied"](i) for i in range(5)]
     path = lines(tmp_path / "a.jsonl", *rows, {"chosen": "good", "rejected": "bad"})
@@ -355,9 +369,10 @@ def test_tldr_summaries_are_the_first_posts_that_nobody_compared_and_the_others_
 
 
 def test_tldr_summaries_without_the_comparisons_say_that_none_are_left_out(tmp_path):
-    lines(tmp_path / "train.jsonl", *(post(i) for i in range(20)))
+    lines(tmp_path / "train.jsonl", post(20) | {"summary": " "}, *(post(i) for i in range(19)))
     dataset = read("tldr_sft", tmp_path)
-    assert len(everything(dataset)) == 12
+    assert len(everything(dataset)) == 11
+    assert dataset.left_out == {"posts with an empty summary": 1}
     assert any("posts that people compared are not left out" in message for message in dataset.warnings)
 
 
@@ -486,6 +501,7 @@ def test_prompts_are_found_in_the_records_of_every_set_that_we_know(tmp_path):
         "why?": lines(tmp_path / "shp.json", {"history": "why?", "human_ref_A": "a", "labels": 1}),
         "post 1": lines(tmp_path / "posts.jsonl", post(1)),
         "question 1?": lines(tmp_path / "hh.jsonl.gz", hh_row(1)),
+        "prompt 7": table(tmp_path / "u.parquet", {"chosen": messages("prompt 7", "good"), "rejected": "bad"}),
         "hi": table(tmp_path / "p.parquet", {"prompt": [{"role": "user", "content": "hi", "name": None}]}),
     }
     for text, path in kinds.items():
@@ -513,8 +529,9 @@ def test_empty_prompts_stop_with_their_line_unless_such_are_dropped(tmp_path):
     assert dataset.left_out == {"prompts that are empty": 1}
 
 
-def forum(i: object, split: str) -> dict:
-    answers = {"human_ref_A": f"good {i}", "human_ref_B": f"bad {i}", "labels": 1}
+def forum(i: int, split: str) -> dict:
+    a, b = ("good", "bad") if i % 2 else ("bad", "good")
+    answers = {"human_ref_A": f"{a} {i}", "human_ref_B": f"{b} {i}", "labels": i % 2}
     return {"post_id": f"{i}", "domain": f"askculinary_{split}", "history": f"{split} question {i}"} | answers
 
 
@@ -522,6 +539,8 @@ def test_questions_of_shp_that_nobody_trains_on_can_be_the_prompts(tmp_path):
     for split, count in (("train", 30), ("validation", 4), ("test", 5)):
         lines(tmp_path / "askculinary" / f"{split}.json", *(forum(i, split) for i in range(count)))
     dataset = read("shp", tmp_path, prompts=f"{tmp_path}@validation+test")
+    assert all_true(everything(dataset))
+    assert both_letters(everything(dataset))
     prompts = {*dataset.prompts, *dataset.held_out_prompts}
     assert prompts == {f"validation question {i}" for i in range(4)} | {f"test question {i}" for i in range(5)}
     trained = {c.prompt for share in dataset.clients.values() for c in share.train}

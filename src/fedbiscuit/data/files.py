@@ -125,7 +125,7 @@ def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
         ) from None
     try:
         with ParquetFile(path) as table:
-            for batch in table.iter_batches():
+            for batch in table.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a parquet file that can be read ({error}); copy it again") from None

@@ -97,14 +97,16 @@ def _hh(record: Mapping[str, Any], part: Part, columns: Mapping[str, str]) -> Co
     if chosen[:-1] == []:
         raise LeftOutError("transcripts without a question")
     known = {key: record[key] for key in ("client", "id", "split", "domain") if key in record}
-    return comparison_of({"split": part.split, "domain": part.folder, **known, "chosen": chosen, "rejected": rejected})
+    return comparison_of(
+        {"split": part.split, "domain": part.folder or None, **known, "chosen": chosen, "rejected": rejected}
+    )
 
 
 def _ultrafeedback(record: Mapping[str, Any], part: Part, columns: Mapping[str, str]) -> Comparison:
     """Messages with scores of a model; two answers of the same score are no preference."""
     if record.get("score_chosen") is not None and record.get("score_chosen") == record.get("score_rejected"):
         raise LeftOutError("comparisons of two answers with the same score")
-    texts = {key: record[key] for key in ("prompt", "chosen", "rejected") if key in record}
+    texts = {key: _plain(record[key]) for key in ("prompt", "chosen", "rejected") if key in record}
     return comparison_of(texts | {"split": part.split})
 
 
@@ -210,9 +212,10 @@ def _not_empty(key: str, text: str) -> None:
 
 
 def _asked(record: Mapping[str, Any]) -> str:
-    """What a transcript asks: all of it before the last answer."""
-    turns = _messages_of(record, "chosen")
-    return text_of({"chosen": turns[:-1] if turns[-1]["role"] == "assistant" else turns}, "chosen")
+    """What a transcript or a chat asks: all of it before the last answer."""
+    turns = _plain(record["chosen"]) if isinstance(record["chosen"], list) else _messages_of(record, "chosen")
+    answered = bool(turns) and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant"
+    return text_of({"chosen": turns[:-1] if answered else turns}, "chosen")
 
 
 def prompt_of(record: Mapping[str, Any], column: str = "") -> str:

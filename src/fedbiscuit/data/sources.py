@@ -143,9 +143,9 @@ def _tldr_sft(settings: DataSettings, seed: int) -> Dataset:
     wants = "the files train.jsonl, valid.jsonl, test.jsonl of tldr_3_filtered, and batch3.json to batch22.json"
     if len(settings.path) != 1 or settings.path[0].startswith(HUB):
         raise ConfigError(f"data.path: tldr_sft wants one folder, with {wants}")
-    known = [part.name for part in parts_of(settings.path[0], "data.path", wants)]
+    there = [part.name for part in parts_of(settings.path[0], "data.path", wants)]
     report, compared = ReadReport({}, 0), set()
-    if BATCHES.isdisjoint(known):
+    if BATCHES.isdisjoint(there):
         report.warnings.append(
             f"{settings.path[0]}: no comparisons there, so posts that people compared are not left out"
         )
@@ -162,7 +162,8 @@ def _tldr_sft(settings: DataSettings, seed: int) -> Dataset:
         for post, known in islice(posts.items(), first)
         if known["summary"].strip()
     ]
-    report = ReadReport(report.files | digests, len(summaries), {}, report.warnings)
+    left_out = {"posts with an empty summary": first - len(summaries)} if len(summaries) < first else {}
+    report = ReadReport(report.files | digests, len(summaries), left_out, report.warnings)
     dataset = replace(_shared_out(summaries, report, settings, seed), fields=texts)
     return _with_prompts(dataset, islice(posts, first, None), seed)
 
