@@ -115,3 +115,33 @@ def test_selectors_of_dialogues_label_answers_to_prompts_about_safety(settings, 
         "harmless-base",
         "helpful-base",
     ]
+
+
+def test_the_original_files_of_shp_train_selectors_and_align_on_questions_that_nobody_trained_on(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 40), ("validation", 12), ("test", 12)):
+        rows = [
+            {"post_id": f"{i}", "domain": f"askculinary_{split}", "history": f"{split} question {i}", "labels": i % 2}
+            | {"human_ref_A": f"this {i}", "human_ref_B": "that " * (600 if i == 39 else 1)}
+            for i in range(count)
+        ]
+        lines(tmp_path / "shp" / "askculinary" / f"{split}.json", *rows)
+    common = (
+        f"model: {{type: {tiny_model}@huggingface_llm}}\n"
+        "llm: {tok_len: 1024, max_new_token: 6, adapter: {use: True, args: [{adapter_method: lora, r: 2}]}}\n"
+        "train: {local_update_steps: 1, optimizer: {type: AdamW, lr: 1.0e-4}}\ndataloader: {batch_size: 2}\n"
+    )
+    kinds = {"selector": ("shp-comparison", 2), "rlhf": ("shp-rlhf", 1)}
+    for name, (kind, clients) in kinds.items():
+        federate = f"federate: {{client_num: {clients}, total_round_num: 2, save_to: {name}.ckpt}}\n"
+        Path(f"{name}.yaml").write_text(f"data: {{root: shp, type: {kind}@llm, splitter: lda}}\n{common}{federate}")
+    assert main(["train", "selector.yaml", "data.partition.alpha=50.0"]) == 0
+    held = json.loads(Path("runs/selector/left_out.json").read_text())
+    assert held["left_out"] == {"training comparisons longer than max_train_tokens": 1}
+    assert main(["align", "rlhf.yaml", "generation.temperature=1.0", "--selector", "selector.yaml"]) == 0
+    pairs = [json.loads(row) for row in Path("runs/rlhf/preferences.jsonl").read_text().splitlines()]
+    assert pairs
+    assert {pair["prompt"].split()[0] for pair in pairs} == {"validation", "test"}
+    assert Path("runs/rlhf/policy/adapter_model.safetensors").is_file()
