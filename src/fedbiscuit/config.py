@@ -44,6 +44,20 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrOff = Annotated[int, Field(ge=0, le=10**9)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, le=1e6)]
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "output_a",
+    "output_b",
+    "choice",
+    "client",
+    "id",
+    "split",
+    "domain",
+)
+"""What a column of a data set in TRL's format can be."""
 Paths = Annotated[
     tuple[str, ...],
     BeforeValidator(
@@ -132,14 +146,20 @@ class DemoSettings(Section):
 class DataSettings(Section):
     """People's comparisons."""
 
-    source: Literal["demo", "jsonl", "tldr", "shp"] = Field(
-        "jsonl", description="what kind of files; see the dict at the foot of data/sources.py"
+    source: Literal["demo", "jsonl", "tldr", "shp", "tldr_sft", "hh", "ultrafeedback", "alpacafarm", "trl"] = Field(
+        "jsonl",
+        description="jsonl: files of your own; trl: files or Hub sets with prompt, chosen, rejected; the others: published "
+        "sets (see docs/your-data.md)",
     )
-    path: Paths = Field((), description="files (.jsonl, .jsonl.gz) or, for tldr and shp, the folder of the originals")
+    path: Paths = Field(
+        (),
+        description="jsonl: files; else files, the folder of the originals, or hub:OWNER/NAME/CONFIG; @SPLIT behind a folder "
+        "or a Hub name: only that part",
+    )
     prompts: str = Field(
         "",
-        description="unlabeled prompts for the alignment (.txt, one a line, or .jsonl with `prompt`); "
-        "empty: as the source has them",
+        description="unlabeled prompts for the alignment: .txt, one a line; .jsonl, .json, .parquet, a folder of them or "
+        "hub:OWNER/NAME/CONFIG, its part train unless @SPLIT says another; empty: as the source has them",
     )
     template: str = Field("pairwise", description="tldr, shp, pairwise, choice, or a file with a template of your own")
     choice_tokens: tuple[str, str] = Field(
@@ -157,6 +177,17 @@ class DataSettings(Section):
     )
     strict: bool = Field(False, description="make warnings about the data (equal answers, contradictions) errors")
     demo: DemoSettings = Field(default_factory=DemoSettings)
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="trl: which column is which, such as {chosen: better, rejected: worse, client: annotator}; of those not "
+        "named, the column with our name",
+    )
+    prompt_column: str = Field("", description="the column of data.prompts with the prompt; empty: found by its name")
+    max_train_tokens: CountOrOff = Field(
+        0,
+        description="leave out training comparisons whose prompt and two answers have more tokens than this; 0: none (SHP "
+        "in the paper: 512)",
+    )
 
 
 class TrainingSettings(Section):
@@ -362,6 +393,11 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "data.choice_tokens", "the two choices must differ"
     if cfg.data.source != "demo" and cfg.data.partition.by != "annotator" and cfg.data.partition.num_clients == 0:
         yield "data.partition.num_clients", f"partition.by {cfg.data.partition.by} needs the number of clients to make"
+    if cfg.data.columns and cfg.data.source != "trl":
+        yield "data.columns", f"source {cfg.data.source} has its own columns; only trl has others"
+    for key in cfg.data.columns:
+        if key not in COLUMNS:
+            yield f"data.columns.{key}", f"not a column that we read; there are {', '.join(COLUMNS)}"
     for key, betas in (
         ("selectors.local.betas", chosen.local.betas),
         ("selectors.server_betas", chosen.server_betas),

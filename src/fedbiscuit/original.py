@@ -49,13 +49,22 @@ DATA = {
     "reddit-tldr-comparison-choice": ("choice", "tldr"),
     "reddit-tldr-comparison": ("dpo", "tldr"),
     "reddit-tldr-best": ("sft", "tldr"),
+    "reddit-tldr-finetuning": ("sft", "tldr_sft"),
     "reddit-tldr-rlhf": ("align", "tldr"),
     "shp-comparison": ("choice", "shp"),
     "shp-comparison-pairs": ("dpo", "shp"),
     "shp-best": ("sft", "shp"),
-    "shp-rlhf": ("align", "shp"),
+    "shp-rlhf": ("align", "jsonl"),
+    "shp-safe": ("align", "jsonl"),
 }
-"""Value of ``data.type`` before the @ -> what the file does, and our source."""
+"""Value of ``data.type`` before the @ -> what the file does, and our source (jsonl: prompts alone, as ``ASKED`` says)."""
+ASKED = {
+    "shp-rlhf": ("{root}@validation+test", "the questions of SHP that no selector is trained on, as there"),
+    "shp-safe": ("hub:PKU-Alignment/PKU-SafeRLHF-prompt", "as there; without a network name a folder with its files"),
+}
+"""Value of ``data.type`` -> our ``data.prompts``, and what to know about it."""
+TEMPLATES = {"tldr_sft": "tldr", "jsonl": "shp"}
+"""Our source -> template, where it is not called like the source."""
 
 TRAINERS = {
     "llmrewardchoicetrainer": ("choice",),
@@ -119,15 +128,24 @@ def translate(values: Mapping[str, Any], places: Mapping[KeyPath, str], name: st
 def _implied(old: Old) -> Iterator[tuple[str, Any, str]]:
     """Our settings that no single old key gives: key, value, why."""
     job, training = old["job"], "alignment" if old["job"] == "align" else LOCAL
-    yield "data.template", old["source"], "our own words; a file with the original's wording can stand there"
+    kind, source = _before_at(old["data.type"]), old["source"]
+    yield (
+        "data.template",
+        TEMPLATES.get(source, source),
+        "our own words; a file with the original's wording can stand there",
+    )
     yield f"{training}.max_grad_norm", 0.0, "the original does not clip gradients"
     if old["train.optimizer.type"].lower() == "adamw" and old["train.optimizer.weight_decay"] is None:
         yield f"{training}.weight_decay", 0.01, "what torch's AdamW takes where a file is silent"
+    if kind in ASKED:
+        yield "data.prompts", ASKED[kind][0].format(root=old["data.root"]), ASKED[kind][1]
+    if source == "shp":
+        yield "data.max_train_tokens", 512, "as there: longer training comparisons are left out"
     if job in ("sft", "dpo"):
         yield f"{LOCAL}.objective", job, "by data.type"
     if job != "choice":
         yield "generation.chat", False, "the original writes to plain prompts"
-    if job != "choice" and old["source"] == "tldr":
+    if job != "choice" and source in ("tldr", "tldr_sft"):
         yield "generation.system", SUMMARIZE, "so that the policy knows what to do with a post; in our own words"
     if job == "choice" and old["llm.adapter.count"] > 1:
         yield (
@@ -213,11 +231,7 @@ def _only(permitted: Any, why: str) -> Callable[[Any], Iterator[str]]:
 
 
 def _data_type(value: str) -> Iterator[str]:
-    kind = _before_at(value)
-    if kind in LATER:
-        yield f"{kind} cannot be read by this version; what can: {', '.join(DATA)}"
-    else:
-        yield from _one_of(*DATA)(kind)
+    yield from _one_of(*DATA)(_before_at(value))
 
 
 def _adapter(value: list[Any]) -> Iterator[str]:
@@ -251,7 +265,6 @@ def _numbers(text: str) -> list[float]:
 
 PLACEHOLDER = re.compile(r"<[^<>]*>")
 NAMES = ("federate.save_to", "expname")
-LATER = ("reddit-tldr-finetuning", "shp-safe")
 NEEDED = {
     "data.type": f"it says what to do; one of {', '.join(DATA)}",
     "model.type": "name the model, such as google/gemma-2b@huggingface_llm",
@@ -328,7 +341,9 @@ KEYS: dict[str, Key] = {
     "federate.save_freq": Key(int, -1, "selectors.keep_every", "alignment.keep_every", _rounds),
     "federate.share_local_model": Key(bool, False, why="one model always serves all clients"),
     "federate.online_aggr": Key(bool, False, why="sums are always streamed"),
-    "data.root": Key(str, "data", "data.path", "data.path"),
+    "data.root": Key(
+        str, "data", "data.path", "data.path", lambda value, old: None if old["source"] == "jsonl" else value
+    ),
     "data.type": Key(str, None, "data.source", "data.source", lambda value, old: old["source"]),
     "data.splits": Key(list, None, why="these data sets come in parts, which the original keeps too"),
     "data.splitter": Key(str, "", "data.partition.by", convert=lambda value, old: SPLITTERS[value]),

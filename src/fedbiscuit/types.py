@@ -88,7 +88,10 @@ class IntegrityError(FedbiscuitError):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A prompt, two responses, maybe a choice (0: A is preferred, 1: B is preferred), and who chose."""
+    """A prompt, two responses, maybe a choice (0: A is preferred, 1: B is preferred), and who chose.
+
+    A single good response, for supervised fine-tuning, stands as A, preferred, and B is empty.
+    """
 
     prompt: str
     output_a: str

@@ -97,7 +97,8 @@ def forum(folder: Path) -> list[str]:
             for i in range(count)
         ]
         write(folder / "askculinary" / f"{split}.json", rows)
-    return [f"data.path={folder}", "data.partition.num_clients=4", "data.partition.alpha=50.0"]
+    of_config = [f"data.path={folder}", f"data.prompts={folder}@validation+test"]
+    return [*of_config, "data.partition.num_clients=4", "data.partition.alpha=50.0"]
 
 
 DATA = {"your_data": people, "two_camps": people, "convarg": people, "tldr": summaries, "shp": forum}

@@ -105,6 +105,32 @@ def test_each_kind_of_data_says_what_is_trained(kind, expected):
     assert cfg.selectors.local.objective == (job if job in ("sft", "dpo") else "choice")
 
 
+@pytest.mark.parametrize(
+    ("kind", "prompts"),
+    [("shp-rlhf", "mine/shp@validation+test"), ("shp-safe", "hub:PKU-Alignment/PKU-SafeRLHF-prompt")],
+)
+def test_alignments_on_shp_read_prompts_alone_from_where_the_original_took_them(kind, prompts):
+    text = MINIMAL.replace("reddit-tldr-comparison-choice", kind).replace("data: {", "data: {root: mine/shp, ")
+    cfg = parse_config(text)
+    assert (cfg.data.source, cfg.data.path, cfg.data.prompts) == ("jsonl", (), prompts)
+    assert (cfg.data.template, cfg.generation.system) == ("shp", "")
+    assert parse_config(text, ["data.prompts=other"]).data.prompts == "other"
+
+
+def test_fine_tuning_on_summaries_of_people_is_federated_sft():
+    cfg = parse_config(MINIMAL.replace("reddit-tldr-comparison-choice", "reddit-tldr-finetuning"))
+    assert (cfg.data.source, cfg.data.template, cfg.selectors.local.objective) == ("tldr_sft", "tldr", "sft")
+    assert cfg.generation.system.startswith("Summarize")
+
+
+def test_long_training_comparisons_are_left_out_for_shp_only():
+    limits = {}
+    for kind, (job, _) in DATA.items():
+        text = MINIMAL.replace("reddit-tldr-comparison-choice", kind) + "federate: {client_num: 4}"
+        limits[kind] = parse_config(text).data.max_train_tokens
+        assert limits[kind] == (512 if kind.startswith("shp") and job != "align" else 0)
+
+
 @pytest.mark.parametrize(("word", "by"), [("meta", "annotator"), ("lda", "dirichlet"), ("iid", "iid")])
 def test_each_splitter_is_one_of_ours(word, by):
     cfg = old("federate: {client_num: 4}", "data.splitter", word)

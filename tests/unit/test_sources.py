@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbiscuit.config import DataSettings, DemoSettings, PartitionSettings, parse_config
+from fedbiscuit.data.formats import FORMATS
 from fedbiscuit.data.sources import SOURCES, load, split_prompts
 from fedbiscuit.types import ConfigError, DataError
 
@@ -272,7 +273,7 @@ def test_missing_originals_are_named_with_what_to_put_where(tmp_path, source, fi
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(DataError, match=file):
             load(DataSettings(source=source, path=(str(path),)), 0)
-    with pytest.raises(ConfigError, match=f"0 paths; {source} wants one, a folder with .*{file}"):
+    with pytest.raises(ConfigError, match=f"empty; {source} wants a folder with .*{file}.*or a set on the Hub"):
         load(DataSettings(source=source), 0)
 
 
@@ -299,10 +300,12 @@ def test_the_demo_world_is_loaded_with_its_truth_and_its_prompts(tmp_path):
 
 
 def test_the_sources_are_the_ones_that_the_settings_name():
-    assert list(SOURCES) == ["demo", "jsonl", "tldr", "shp"]
+    permitted = DataSettings.model_json_schema()["properties"]["source"]["enum"]
+    assert sorted(SOURCES) == sorted(permitted)
+    assert set(FORMATS) < set(SOURCES)
 
 
 def test_reading_data_imports_no_heavy_library():
-    heavy = "{'torch', 'transformers', 'peft', 'datasets', 'matplotlib', 'numpy', 'scipy'}"
+    heavy = "{'torch', 'transformers', 'peft', 'datasets', 'pyarrow', 'matplotlib', 'numpy', 'scipy'}"
     code = f"import sys, fedbiscuit.data.sources as s, fedbiscuit.data.check; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

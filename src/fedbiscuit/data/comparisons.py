@@ -13,7 +13,7 @@ from typing import Any
 
 from fedbiscuit.data.check import CheckReport, describe
 from fedbiscuit.data.jsonlines import iter_objects, shown
-from fedbiscuit.data.records import EmptyTextError, comparison_of, pair_of
+from fedbiscuit.data.records import EmptyTextError, LeftOutError, comparison_of, pair_of
 from fedbiscuit.types import Comparison, DataError
 
 __all__ = ["CheckReport", "Place", "ReadReport", "check_files", "iter_comparisons", "read_comparisons"]
@@ -21,7 +21,14 @@ __all__ = ["CheckReport", "Place", "ReadReport", "check_files", "iter_comparison
 Place = tuple[str, int]
 """File and line (from 1)."""
 Located = tuple[Place, Comparison]
-Converter = Callable[[Mapping[str, Any]], Comparison]
+Converter = Callable[[Mapping[str, Any], str], Comparison]
+"""(record, path it is from) -> comparison."""
+Reader = Callable[[str | Path, Any], Iterator[tuple[int, dict[str, Any] | DataError]]]
+"""(path, digest to feed) -> line and record, or what is wrong with it, as ``iter_objects``."""
+
+
+def _own(record: Mapping[str, Any], path: str) -> Comparison:
+    return comparison_of(record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,7 @@ class _Contents:
     kept: list[Located] = field(default_factory=list)
     identical: list[Place] = field(default_factory=list)
     empty: list[Place] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
     errors: list[DataError] = field(default_factory=list)
 
 
@@ -51,7 +59,7 @@ def iter_comparisons(path: str | Path) -> Iterator[Comparison]:
     Raises ``DataError("FILE:LINE: KEY: problem; what to do")`` at the first broken line. What only shows between
     records (duplicates, leakage) is for ``read_comparisons``; identical answers come as they are.
     """
-    for place, item in _numbered(path, comparison_of):
+    for place, item in _numbered(path, _own):
         if isinstance(item, DataError):
             raise _at(place, item)
         yield item
@@ -62,20 +70,22 @@ def read_comparisons(
     *,
     drop_empty: bool = False,
     strict: bool = False,
-    convert: Converter = comparison_of,
+    convert: Converter = _own,
     separate_splits: bool = True,
+    read: Reader = iter_objects,
 ) -> tuple[list[Comparison], ReadReport]:
     """All comparisons of the files, in order, and what there is to say about them.
 
     ``drop_empty`` leaves out comparisons with an empty text, counted, instead of stopping. ``strict`` makes identical
-    answers and contradictions errors. ``convert`` turns one JSON object into a comparison. ``separate_splits=False``
-    leaves pairs that are in two splits of one client to ``divide``, which takes them out of train and counts them.
+    answers and contradictions errors. ``read`` gives the records of a path, ``convert`` turns one into a comparison or
+    says by ``LeftOutError`` why it is none, which is counted. ``separate_splits=False`` leaves pairs that are in two splits
+    of one client to ``divide``, which takes them out of train and counts them.
 
     Raises ``DataError`` at the first broken line, duplicate id, or pair that is in two splits of one client.
     """
     contents = _Contents()
     for path in _as_paths(paths):
-        _read_file(path, contents, convert, drop_empty)
+        _read_file(path, contents, convert, drop_empty, read)
         if contents.errors:
             raise contents.errors[0]
     errors = _duplicate_ids(contents.kept) + (_leaks(contents.kept) if separate_splits else [])
@@ -85,9 +95,11 @@ def read_comparisons(
     if errors:
         raise DataError(errors[0])
     if not contents.kept:
-        raise DataError(f"{', '.join(contents.files)}: no comparison is left; {'; '.join(warnings) or 'add some'}")
+        told = warnings + [f"{count} left out: {reason}" for reason, count in contents.left_out.items()]
+        raise DataError(f"{', '.join(contents.files)}: no comparison is left; {'; '.join(told) or 'add some'}")
     warnings += _repeats(contents.kept) + _shared_pairs(contents.kept) + _partly_split(contents.kept)
-    left_out = {"empty text": len(contents.empty), "identical answers": len(contents.identical)}
+    warnings += [f"left out: {reason}: {count}" for reason, count in contents.left_out.items()]
+    left_out = {"empty text": len(contents.empty), "identical answers": len(contents.identical)} | contents.left_out
     report = ReadReport(
         contents.files, len(contents.kept), {reason: count for reason, count in left_out.items() if count}, warnings
     )
@@ -104,7 +116,7 @@ def check_files(
     contents = _Contents()
     for path in _as_paths(paths):
         try:
-            _read_file(path, contents, comparison_of, drop_empty=False)
+            _read_file(path, contents, _own, drop_empty=False)
         except DataError as error:
             contents.errors.append(error)
     kept = contents.kept
@@ -133,10 +145,14 @@ def _as_paths(paths: str | Path | Iterable[str | Path]) -> list[str | Path]:
     return listed
 
 
-def _read_file(path: str | Path, contents: _Contents, convert: Converter, drop_empty: bool) -> None:
+def _read_file(
+    path: str | Path, contents: _Contents, convert: Converter, drop_empty: bool, read: Reader = iter_objects
+) -> None:
     digest = hashlib.sha256()
-    for place, item in _numbered(path, convert, digest):
-        if isinstance(item, EmptyTextError) and drop_empty:
+    for place, item in _numbered(path, convert, digest, read):
+        if isinstance(item, LeftOutError):
+            contents.left_out[str(item)] = contents.left_out.get(str(item), 0) + 1
+        elif isinstance(item, EmptyTextError) and drop_empty:
             contents.empty.append(place)
         elif isinstance(item, DataError):
             contents.errors.append(_at(place, item))
@@ -148,12 +164,12 @@ def _read_file(path: str | Path, contents: _Contents, convert: Converter, drop_e
 
 
 def _numbered(
-    path: str | Path, convert: Converter, digest: Any = None
+    path: str | Path, convert: Converter, digest: Any = None, read: Reader = iter_objects
 ) -> Iterator[tuple[Place, Comparison | DataError]]:
-    for line, record in iter_objects(path, digest):
+    for line, record in read(path, digest):
         item: Comparison | DataError
         try:
-            item = record if isinstance(record, DataError) else convert(record)
+            item = record if isinstance(record, DataError) else convert(record, str(path))
         except DataError as error:
             item = error
         yield (str(path), line), item

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import re
@@ -23,16 +24,29 @@ from typing import Any
 
 from fedbiscuit.types import DataError
 
-__all__ = ["BLOCK_BYTES", "MAX_DEPTH", "MAX_LINE_BYTES", "iter_lines", "iter_objects", "shown"]
+__all__ = [
+    "BLOCK_BYTES",
+    "MAX_DEPTH",
+    "MAX_LINE_BYTES",
+    "check_texts",
+    "is_array",
+    "iter_array",
+    "iter_lines",
+    "iter_objects",
+    "shown",
+]
 
 MAX_LINE_BYTES = 1 << 20
 """Longest line, in bytes after decompression. A file is never held in memory beyond this and one block."""
+MAX_ARRAY_BYTES = 1 << 29
+"""Longest file that is one JSON array, after decompression: such a file is held in memory."""
 MAX_DEPTH = 64
 """Deepest nesting of objects and lists in one record."""
 
 BLOCK_BYTES = 1 << 18
 _SHORT_ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
-_GZIP = b"\x1f\x8b"
+_GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
+_SPACE = re.compile(r"[ \t\r\n]*")
 _BAD_CHARACTERS = re.compile("[\x00\ud800-\udfff]")
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+\\?+(?:"|\Z)|([\[{])|([\]}])', re.DOTALL)
 
@@ -66,6 +80,61 @@ def iter_objects(path: str | Path, digest: Any = None) -> Iterator[tuple[int, di
         raise DataError(f"{path}: the file is empty; expected one JSON object a line")
 
 
+def is_array(path: str | Path) -> bool:
+    """Whether the first character of a file says that it is one JSON array."""
+    with _open(path, hashlib.sha256()) as stream:
+        return bool(stream.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["))
+
+
+def iter_array(path: str | Path, digest: Any = None) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    """The objects of a file that is one JSON array, each with the line (from 1) on which it starts.
+
+    As strict as ``iter_objects``; a fault is the last value, since nothing behind it can be trusted.
+    """
+    with _open(path, hashlib.sha256() if digest is None else digest) as stream:
+        try:
+            raw = stream.read(MAX_ARRAY_BYTES + 1)
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+            yield 1, DataError(f"the compressed file is damaged ({error}); copy or compress it again")
+            return
+        if len(raw) > MAX_ARRAY_BYTES:
+            yield 1, DataError(f"an array of more than {MAX_ARRAY_BYTES} bytes; write one JSON object a line")
+            return
+    line, seen = 1, 0
+    try:
+        text = _decode(raw.removeprefix(b"\xef\xbb\xbf"))
+        at = _space(text, _space(text, 0) + 1)
+        while text[at : at + 1] != "]":
+            line, seen = line + text.count("\n", seen, at), at
+            value, at = _DECODER.raw_decode(text, at)
+            if not isinstance(value, dict):
+                raise DataError(f"expected objects in the array, got {shown(value)}")
+            _check_values(value, "")
+            yield line, value
+            at = _space(text, at)
+            if text[at : at + 1] == ",":
+                at = _space(text, at + 1)
+            elif text[at : at + 1] != "]":
+                raise DataError("the array goes on without a comma or ends early; copy the file again")
+    except json.JSONDecodeError as error:
+        yield (
+            line,
+            DataError(f"not JSON ({error.msg}, column {error.colno} of line {error.lineno}); copy the file again"),
+        )
+    except RecursionError:
+        yield line, DataError("nested too deeply; a comparison is one flat object")
+    except DataError as error:
+        yield line, error
+    except ValueError:
+        yield line, DataError("a number has too many digits; write it as text or leave it out")
+
+
+def _space(text: str, at: int) -> int:
+    """Where the white space that begins at ``at`` ends."""
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
 def _other_format(path: str | Path, first: bytes) -> str | None:
     """What to do with a file whose first line says that it is no JSON lines at all."""
     if (first.lstrip().startswith(b"[") and not first.rstrip().endswith(b"]")) or first.lstrip().startswith(b"[{"):
@@ -78,7 +147,7 @@ def _other_format(path: str | Path, first: bytes) -> str | None:
 def iter_lines(path: str | Path, digest: Any = None) -> Iterator[tuple[int, bytes | DataError]]:
     """The number and the bytes of every line; a line ends with LF, CRLF or CR, and with nothing else.
 
-    So a U+2028 inside a text does not end a line. A gzip file is recognized by its first bytes. A byte order mark is
+    So a U+2028 inside a text does not end a line. A gzip or xz file is recognized by its first bytes. A byte order mark is
     dropped. A line over ``MAX_LINE_BYTES`` is a ``DataError``, and reading goes on behind it.
     """
     with _open(path, hashlib.sha256() if digest is None else digest) as stream:
@@ -95,7 +164,7 @@ def iter_lines(path: str | Path, digest: Any = None) -> Iterator[tuple[int, byte
                     yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         except EOFError:
             yield number + 1, DataError("the compressed file ends early; copy or compress it again")
-        except (gzip.BadGzipFile, zlib.error) as error:
+        except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
             yield number + 1, DataError(f"the compressed file is damaged ({error}); copy or compress it again")
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -164,6 +233,10 @@ def _open(path: str | Path, digest: Any) -> Iterator[Any]:
     with open(descriptor, "rb") as file:
         stream = io.BufferedReader(_HashedReader(file, digest.update), BLOCK_BYTES)
         packed = stream.peek(2)[:2] == _GZIP
+        if stream.peek(6)[:6] == _XZ:
+            with lzma.LZMAFile(stream) as unpacked:
+                yield io.BufferedReader(unpacked, BLOCK_BYTES)
+            return
         if not packed and str(path).endswith(".gz") and stream.peek(1):
             raise DataError(f"{path}: named .gz but not a gzip file; rename or compress it")
         yield io.BufferedReader(gzip.GzipFile(fileobj=stream), BLOCK_BYTES) if packed else stream
@@ -242,22 +315,27 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _check_values(value: Any, where: str) -> None:
+def check_texts(value: Any, where: str = "") -> None:
+    """Raise ``DataError`` where a text in a row, at any depth, has a NUL or half of a character."""
+    _check_values(value, where, numbers=False)
+
+
+def _check_values(value: Any, where: str, numbers: bool = True) -> None:
     if isinstance(value, str):
         found = _BAD_CHARACTERS.search(value)
         if found:
             what = "NUL character" if found[0] == "\x00" else f"half of a character ({shown(found[0])})"
             raise DataError(f"{where}: {what} at position {found.start() + 1}; remove it from the text")
     elif isinstance(value, float):
-        if not math.isfinite(value):
+        if numbers and not math.isfinite(value):
             raise DataError(f"{where}: {value} is not a finite number; NaN, Infinity and 1e400 are no JSON numbers")
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_values(key, f"key {shown(key)}")
-            _check_values(item, f"{where}.{key}" if where else key)
+            _check_values(key, f"key {shown(key)}", numbers)
+            _check_values(item, f"{where}.{key}" if where else key, numbers)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            _check_values(item, f"{where}[{i}]")
+            _check_values(item, f"{where}[{i}]", numbers)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fedbiscuit.data.jsonlines import shown
 from fedbiscuit.types import Comparison, DataError, seed_for
 
-__all__ = ["EmptyTextError", "client_of", "comparison_of", "pair_of", "prompt_of", "required_text"]
+__all__ = ["EmptyTextError", "LeftOutError", "client_of", "comparison_of", "pair_of", "required_text", "text_of"]
 
 MAX_CLIENT_CHARACTERS = 200
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
@@ -24,6 +24,10 @@ Turns = list[tuple[str, str]]
 
 class EmptyTextError(DataError):
     """A prompt or an answer without any visible text; `drop_empty` leaves such comparisons out instead."""
+
+
+class LeftOutError(DataError):
+    """A record of a public set that is no comparison; the message is the reason, by which such records are counted."""
 
 
 def comparison_of(record: Mapping[str, Any]) -> Comparison:
@@ -61,13 +65,10 @@ def pair_of(comparison: Comparison) -> tuple[str, str, str]:
     return (comparison.prompt, a, b) if a <= b else (comparison.prompt, b, a)
 
 
-def prompt_of(record: Mapping[str, Any]) -> str:
-    """The text of ``prompt``, which may be chat messages. For files of unlabeled prompts, whose other keys are free."""
-    value = record.get("prompt")
-    text = _rendered(_turns(value, "prompt")) if isinstance(value, list) else required_text(record, "prompt")
-    if not text.strip():
-        raise EmptyTextError("prompt: empty; write a prompt, or remove the line")
-    return text
+def text_of(record: Mapping[str, Any], key: str) -> str:
+    """The text under a key, which may be chat messages: several turns become one text."""
+    value = record.get(key)
+    return _rendered(_turns(value, key)) if isinstance(value, list) else required_text(record, key)
 
 
 def required_text(record: Mapping[str, Any], key: str, where: str = "") -> str:

@@ -1,23 +1,27 @@
 """Where comparisons come from: a name in the settings to clients, prompts and their truth, if it is known.
 
-To add a data set, write one function (settings, seed) -> Dataset and put it into the dict at the foot.
+To add a data set of comparisons, add a line to ``FORMATS`` in ``formats.py`` and one to the dict at the foot here. One that
+needs more than that is a function (settings, seed) -> Dataset of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from fedbiscuit.config import DataSettings
 from fedbiscuit.data.comparisons import ReadReport, read_comparisons
-from fedbiscuit.data.jsonlines import iter_lines, iter_objects, shown
+from fedbiscuit.data.files import RECORDS, Part, iter_records, parts_of
+from fedbiscuit.data.formats import BATCHES, FORMATS, prompt_of
+from fedbiscuit.data.hub import HUB
+from fedbiscuit.data.jsonlines import iter_lines
 from fedbiscuit.data.partition import divide
-from fedbiscuit.data.records import SPLITS, EmptyTextError, client_of, prompt_of, required_text
+from fedbiscuit.data.records import EmptyTextError, LeftOutError, required_text
 from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, DataError, seed_for
 
 if TYPE_CHECKING:
@@ -28,6 +32,8 @@ __all__ = ["SOURCES", "Dataset", "load", "split_prompts"]
 HELD_OUT_PROMPTS = 0.2
 UNLABELED_SHARE = 0.4
 """TL;DR: of the posts in no comparison the last 40% are prompts, as in the paper (docs/algorithm.md section 7)."""
+TLDR_FIELDS = ("post", "title", "subreddit")
+TLDR_FILES = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,12 @@ def load(settings: DataSettings, seed: int) -> Dataset:
     dataset = SOURCES[settings.source](settings, seed)
     if not settings.prompts:
         return dataset
-    prompts, digests = _read_prompts(settings.prompts)
-    return _with_prompts(replace(dataset, digests=dataset.digests | digests), prompts, seed)
+    prompts, digests, left_out = _read_prompts(settings)
+    dataset = replace(dataset, digests=dataset.digests | digests, left_out=dataset.left_out | left_out)
+    trained = {comparison.prompt for data in dataset.clients.values() for comparison in data.train}
+    if shared := len(trained.intersection(prompts)):
+        dataset.warnings.append(f"{shared} of the prompts in {settings.prompts} are in training comparisons too")
+    return _with_prompts(dataset, prompts, seed)
 
 
 def split_prompts(prompts: Iterable[str], seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -100,113 +110,102 @@ def _jsonl(settings: DataSettings, seed: int) -> Dataset:
         return Dataset({}, (), ())
     if not settings.path:
         raise ConfigError("data.path: empty; name the files with the comparisons, such as data.path=[mine.jsonl]")
+    if any(path.startswith(HUB) for path in settings.path):
+        raise ConfigError(
+            f"data.path: jsonl reads files; for {HUB}... set data.source to trl, or to the name of the set"
+        )
     comparisons, report = read_comparisons(settings.path, drop_empty=settings.drop_empty, strict=settings.strict)
     return _shared_out(comparisons, report, settings, seed)
 
 
+def _published(settings: DataSettings, seed: int) -> Dataset:
+    """A data set of ``FORMATS``, from its files or from the Hub."""
+    comparisons, report = _read_published(settings)
+    return _shared_out(comparisons, report, settings, seed)
+
+
 def _tldr(settings: DataSettings, seed: int) -> Dataset:
-    """Comparisons of OpenAI's summarize-from-feedback: batches 3 to 20 and 22."""
-    folder = _folder(
-        settings,
-        "the files batch3.json to batch20.json and batch22.json of OpenAI's summarize-from-feedback comparisons; for "
-        "prompts also train.jsonl, valid.jsonl, test.jsonl of its tldr_3_filtered, if you have them",
-    )
-    numbers = [*range(3, 21), 22]
-    files = [path for number in numbers if (path := _either(folder, f"batch{number}")) is not None]
-    if not files:
-        raise DataError(f"{folder}: no file batch3.json to batch20.json or batch22.json; put the comparisons there")
-    comparisons, report = read_comparisons(
-        files, drop_empty=settings.drop_empty, strict=settings.strict, convert=_tldr_comparison, separate_splits=False
-    )
-    missing = [number for number in numbers if _either(folder, f"batch{number}") is None]
-    if missing:
-        report.warnings.append(
-            f"{folder}: batches not there: {', '.join(map(str, missing))}; the paper uses all of 3 to 20 and 22"
-        )
+    """Comparisons of OpenAI's summarize-from-feedback: batches 3 to 20 and 22. Posts that nobody compared are prompts."""
+    comparisons, report = _read_published(settings)
     dataset = _shared_out(comparisons, report, settings, seed)
-    posts, digests = _unlabeled_posts(folder, {comparison.prompt for comparison in comparisons})
-    dataset = replace(dataset, digests=dataset.digests | digests, fields={**dataset.fields, **posts})
-    return _with_prompts(dataset, posts, seed) if posts else dataset
+    posts, digests = _filtered_posts(settings, {comparison.prompt for comparison in comparisons})
+    later = dict(islice(posts.items(), _first_unlabeled(posts), None))
+    fields = {post: {key: known[key] for key in TLDR_FIELDS} for post, known in later.items()}
+    dataset = replace(dataset, digests=dataset.digests | digests, fields={**dataset.fields, **fields})
+    return _with_prompts(dataset, later, seed) if later else dataset
 
 
-def _shp(settings: DataSettings, seed: int) -> Dataset:
-    """The Stanford Human Preferences: train, validation and test files, flat or one folder a subreddit."""
-    folder = _folder(
-        settings, "the Stanford Human Preferences as they come: SUBREDDIT/train.json, validation.json, test.json"
-    )
-    pattern = re.compile(r"(train|validation|test)\.jsonl?(\.gz)?")
-    files = sorted(path for path in folder.rglob("*") if pattern.fullmatch(path.name))
-    if not files:
-        raise DataError(
-            f"{folder}: no train.json, validation.json or test.json (or .jsonl, .gz), here or in folders below"
+def _tldr_sft(settings: DataSettings, seed: int) -> Dataset:
+    """TL;DR's own summaries, for supervised fine-tuning: of the posts in no comparison the first 60%; the others are prompts.
+
+    A summary stands as A, preferred, against nothing: what objective sft reads of a comparison is the preferred answer.
+    """
+    wants = "the files train.jsonl, valid.jsonl, test.jsonl of tldr_3_filtered, and batch3.json to batch22.json"
+    if len(settings.path) != 1 or settings.path[0].startswith(HUB):
+        raise ConfigError(f"data.path: tldr_sft wants one folder, with {wants}")
+    there = [part.name for part in parts_of(settings.path[0], "data.path", wants)]
+    report, compared = ReadReport({}, 0), set()
+    if BATCHES.isdisjoint(there):
+        report.warnings.append(
+            f"{settings.path[0]}: no comparisons there, so posts that people compared are not left out"
         )
-    comparisons: list[Comparison] = []
-    total = ReadReport({}, 0)
-    for path in files:
-        split = path.name.split(".")[0]
-        some, report = read_comparisons(
-            path,
-            drop_empty=settings.drop_empty,
-            strict=settings.strict,
-            convert=lambda record, split=split: _shp_comparison(record, split),  # type: ignore[misc]
-        )
-        comparisons += some
-        total = _merged(total, report)
-    return _shared_out(comparisons, total, settings, seed)
-
-
-def _tldr_comparison(record: Mapping[str, Any]) -> Comparison:
-    info, summaries = record.get("info"), record.get("summaries")
-    if not isinstance(info, dict):
-        raise DataError(f"info: expected an object with post, title and subreddit, got {shown(info)}")
-    if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(s, dict) for s in summaries):
-        raise DataError('summaries: expected two objects {"text": ...}; is this a file of comparisons?')
-    fields = {key: required_text(info, key, "info.") for key in ("post", "title", "subreddit")}
-    first, second = (required_text(summaries[i], "text", f"summaries[{i}].").strip() for i in (0, 1))
-    choice = _zero_or_one(record, "choice")
-    split = {"train": "train", "valid1": "validation", "valid2": "test"}.get(required_text(record, "split"))
-    if split is None:
-        raise DataError(f"split: expected train, valid1 or valid2, got {shown(record['split'])}")
-    for key, text in (("info.post", fields["post"]), ("summaries[0].text", first), ("summaries[1].text", second)):
-        if not text.strip():
-            raise EmptyTextError(f"{key}: empty; leave such comparisons out with data.drop_empty")
-    return Comparison(
-        fields["post"],
-        first,
-        second,
-        choice,
-        client=client_of(record, "worker"),
-        domain=fields["subreddit"],
-        split=split,
-        meta={"fields": fields, "batch": record.get("batch"), "post_id": info.get("id")},
-    )
-
-
-def _shp_comparison(record: Mapping[str, Any], split: str) -> Comparison:
-    texts = {key: required_text(record, key) for key in ("history", "human_ref_A", "human_ref_B")}
-    for key, text in texts.items():
-        if not text.strip():
-            raise EmptyTextError(f"{key}: empty; leave such comparisons out with data.drop_empty")
-    a_is_better = _zero_or_one(record, "labels")
-    return Comparison(
-        texts["history"],
-        texts["human_ref_A"],
-        texts["human_ref_B"],
-        0 if a_is_better else 1,
-        domain=re.sub(r"_(train|validation|test)\Z", "", required_text(record, "domain")),
-        split=SPLITS[split],
-        meta={"post_id": required_text(record, "post_id")},
-    )
-
-
-def _zero_or_one(record: Mapping[str, Any], key: str) -> Literal[0, 1]:
-    value = record.get(key)
-    if type(value) is not int or value not in (0, 1):
-        raise DataError(f"{key}: expected the integer 0 or 1, got {shown(value)}")
-    return 1 if value else 0
+    else:
+        comparisons, report = _read_published(settings.model_copy(update={"source": "tldr"}))
+        compared = {comparison.prompt for comparison in comparisons}
+    posts, digests = _filtered_posts(settings, compared)
+    if not posts:
+        raise DataError(f"{settings.path[0]}: no post that is in no comparison; put there {wants}")
+    first = _first_unlabeled(posts)
+    texts = {post: {key: known[key] for key in TLDR_FIELDS} for post, known in posts.items()}
+    summaries = [
+        Comparison(post, known["summary"].strip(), "", 0, domain=known["subreddit"], meta={"fields": texts[post]})
+        for post, known in islice(posts.items(), first)
+        if known["summary"].strip()
+    ]
+    left_out = {"posts with an empty summary": first - len(summaries)} if len(summaries) < first else {}
+    report = ReadReport(report.files | digests, len(summaries), left_out, report.warnings)
+    dataset = replace(_shared_out(summaries, report, settings, seed), fields=texts)
+    return _with_prompts(dataset, islice(posts, first, None), seed)
 
 
 # Helpers
+
+
+def _read_published(settings: DataSettings) -> tuple[list[Comparison], ReadReport]:
+    """The comparisons of a data set of ``FORMATS``, all its parts together."""
+    form = FORMATS[settings.source]
+    if not settings.path:
+        raise ConfigError(
+            f"data.path: empty; {settings.source} wants a folder with {form.wants}, or a set on the Hub, as hub:OWNER/NAME"
+        )
+    parts: dict[str, Part] = {}
+    for reference in settings.path:
+        splits = form.splits if reference.startswith(HUB) and form.splits else form.parts
+        parts |= {part.path: part for part in parts_of(reference, "data.path", form.wants, splits)}
+    comparisons, report = read_comparisons(
+        parts,
+        drop_empty=settings.drop_empty,
+        strict=settings.strict,
+        convert=lambda record, path: form.convert(record, parts[path], settings.columns),
+        separate_splits=False,
+        read=iter_records,
+    )
+    missing = sorted((form.parts or frozenset()) - {part.name for part in parts.values()}, key=_number_in)
+    if settings.source == "tldr" and missing and not settings.path[0].startswith(HUB):
+        report.warnings.append(
+            f"{settings.path[0]}: batches not there: {', '.join(str(_number_in(name)) for name in missing)}; the paper uses "
+            "all of 3 to 20 and 22"
+        )
+    return comparisons, report
+
+
+def _number_in(name: str) -> int:
+    found = re.search(r"\d+", name)
+    return int(found[0]) if found else 0
+
+
+def _first_unlabeled(posts: Sized) -> int:
+    return int(len(posts) * (1 - UNLABELED_SHARE))
 
 
 def _shared_out(comparisons: Sequence[Comparison], report: ReadReport, settings: DataSettings, seed: int) -> Dataset:
@@ -236,89 +235,89 @@ _ONE_PROMPT = (
 )
 
 
-def _read_prompts(path: str) -> tuple[list[str], dict[str, str]]:
-    """Prompts of a .jsonl (`prompt`) or, one a line, a text file; and its sha256."""
-    digest = hashlib.sha256()
-    prompts = []
-    if re.search(r"\.jsonl(\.gz)?\Z", path):
-        for number, record in iter_objects(path, digest):
+def _read_prompts(settings: DataSettings) -> tuple[list[str], dict[str, str], dict[str, int]]:
+    """Prompts of ``data.prompts``; sha256 by file; and how many were left out, by reason.
+
+    Of a folder or a set on the Hub the training part, unless the setting says which.
+    """
+    place = settings.prompts
+    if Path(place).is_file() and RECORDS.fullmatch(Path(place).name) is None:
+        return *_prompt_lines(place), {}
+    parts = parts_of(
+        place, "data.prompts", "a file of prompts: .txt, one a line, or .jsonl, .json, .parquet with `prompt`"
+    )
+    if "@" not in place or Path(place).exists():
+        parts = [part for part in parts if part.split == "train"] or parts
+    prompts: list[str] = []
+    digests: dict[str, str] = {}
+    left_out: dict[str, int] = {}
+    for part in parts:
+        digest = hashlib.sha256()
+        for number, record in iter_records(part.path, digest):
             try:
                 if isinstance(record, DataError):
                     raise record
-                prompts.append(prompt_of(record))
+                prompts.append(prompt_of(record, settings.prompt_column))
+            except LeftOutError as reason:
+                left_out[str(reason)] = left_out.get(str(reason), 0) + 1
             except DataError as error:
-                raise DataError(f"{path}:{number}: {error}") from None
-    else:
-        for number, line in iter_lines(path, digest):
-            if isinstance(line, DataError):
-                raise DataError(f"{path}:{number}: {line}")
-            try:
-                text = line.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: byte {error.start + 1}: not UTF-8; save the file as UTF-8") from None
-            if "\x00" in text:
-                raise DataError(f"{path}:{number}: NUL character; remove it, one prompt a line")
-            prompts += [text] if text else []
+                if not (isinstance(error, EmptyTextError) and settings.drop_empty):
+                    raise DataError(f"{part.path}:{number}: {error}") from None
+                left_out["prompts that are empty"] = left_out.get("prompts that are empty", 0) + 1
+        digests[part.path] = digest.hexdigest()
+    if not prompts:
+        raise DataError(f"{place}: no prompt in it; write one a line, or use .jsonl with `prompt`")
+    return prompts, digests, left_out
+
+
+def _prompt_lines(path: str) -> tuple[list[str], dict[str, str]]:
+    """The lines of a text file that are not blank, and its sha256."""
+    digest = hashlib.sha256()
+    prompts = []
+    for number, line in iter_lines(path, digest):
+        if isinstance(line, DataError):
+            raise DataError(f"{path}:{number}: {line}")
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: byte {error.start + 1}: not UTF-8; save the file as UTF-8") from None
+        if "\x00" in text:
+            raise DataError(f"{path}:{number}: NUL character; remove it, one prompt a line")
+        prompts += [text] if text else []
     if not prompts:
         raise DataError(f"{path}: no prompt in it; write one a line, or use .jsonl with `prompt`")
     return prompts, {path: digest.hexdigest()}
 
 
-def _unlabeled_posts(folder: Path, seen: Container[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Posts of the filtered TL;DR data that are in no comparison, the last part of them, with the fields of each; none
-    without its files.
-    """
+def _filtered_posts(settings: DataSettings, seen: Container[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Posts of the filtered TL;DR data that are not ``seen``, in their order, with all their texts; none without its files."""
     posts: dict[str, dict[str, str]] = {}
     digests: dict[str, str] = {}
-    for name in ("train", "valid", "test"):
-        path = _either(folder, name) or _either(folder / "tldr_3_filtered", name)
-        if path is None:
-            continue
+    folders = [Path(path) for path in settings.path if Path(path).is_dir()]
+    found = [part for folder in folders for part in parts_of(str(folder), "data.path", "") if part.name in TLDR_FILES]
+    for part in sorted(found, key=lambda part: TLDR_FILES.index(part.name)):
         digest = hashlib.sha256()
-        for number, record in iter_objects(path, digest):
+        for number, record in iter_records(part.path, digest):
             try:
                 if isinstance(record, DataError):
                     raise record
-                fields = {key: required_text(record, key) for key in ("post", "title", "subreddit")}
+                texts = {key: required_text(record, key) for key in (*TLDR_FIELDS, "summary")}
             except DataError as error:
-                raise DataError(f"{path}:{number}: {error}") from None
-            if fields["post"] not in seen and fields["post"].strip():
-                posts.setdefault(fields["post"], fields)
-        digests[str(path)] = digest.hexdigest()
-    first = int(len(posts) * (1 - UNLABELED_SHARE))
-    return dict(islice(posts.items(), first, None)), digests
-
-
-def _folder(settings: DataSettings, content: str) -> Path:
-    if len(settings.path) != 1:
-        raise ConfigError(
-            f"data.path: {len(settings.path)} paths; {settings.source} wants one, a folder with {content}"
-        )
-    folder = Path(settings.path[0])
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; put there {content}")
-    return folder
-
-
-def _either(folder: Path, stem: str) -> Path | None:
-    """The file of this name, as .json or .jsonl, plain or compressed."""
-    names = (f"{stem}{suffix}" for suffix in (".json", ".jsonl", ".json.gz", ".jsonl.gz"))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _merged(first: ReadReport, second: ReadReport) -> ReadReport:
-    reasons = first.left_out | second.left_out
-    return ReadReport(
-        first.files | second.files,
-        first.num_read + second.num_read,
-        {reason: first.left_out.get(reason, 0) + second.left_out.get(reason, 0) for reason in reasons},
-        first.warnings + second.warnings,
-    )
+                raise DataError(f"{part.path}:{number}: {error}") from None
+            if texts["post"] not in seen and texts["post"].strip():
+                posts.setdefault(texts["post"], texts)
+        digests[part.path] = digest.hexdigest()
+    return posts, digests
 
 
 SOURCES: dict[str, Callable[[DataSettings, int], Dataset]] = {
     "demo": _demo,
     "jsonl": _jsonl,
     "tldr": _tldr,
-    "shp": _shp,
+    "shp": _published,
+    "tldr_sft": _tldr_sft,
+    "hh": _published,
+    "ultrafeedback": _published,
+    "alpacafarm": _published,
+    "trl": _published,
 }

@@ -107,7 +107,7 @@ class Session:
             raise DataError("data.path: empty; name the files with the comparisons to train on")
         fitting = {}
         for client, data in self.dataset.clients.items():
-            parts = [self._fitting(part) for part in (data.train, data.validation, data.test)]
+            parts = [self._fitting(part) for part in (self._short(data.train), data.validation, data.test)]
             fitting[client] = ClientData(*parts)
         if self.shortened:
             total = sum(len(d.train) + len(d.validation) + len(d.test) for d in fitting.values())
@@ -163,6 +163,18 @@ class Session:
         }
         self.run.write_json("left_out.json", held)
 
+    def _short(self, comparisons: Sequence[Comparison]) -> Sequence[Comparison]:
+        """Training comparisons of at most ``data.max_train_tokens`` tokens, without the template; the others are counted."""
+        limit = self.cfg.data.max_train_tokens
+        if not limit:
+            return comparisons
+        texts = [(c, (c.prompt, c.output_a, c.output_b)) for c in comparisons]
+        short = [c for c, three in texts if sum(len(self.lm.encode(text)) for text in three) <= limit]
+        if len(short) < len(comparisons):
+            reason = "training comparisons longer than max_train_tokens"
+            self.left_out[reason] = self.left_out.get(reason, 0) + len(comparisons) - len(short)
+        return short
+
     def _fitting(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
         encoded, too_long = self.selector.encode(comparisons)
         self.shortened += sum(item.cut > 0 for item in encoded)
@@ -195,6 +207,7 @@ def open_session(cfg: Config, resume: bool, progress: Progress, devices: int = 1
     dataset = load(cfg.data, cfg.seed)
     for warning in dataset.warnings:
         log.warning("%s", warning)
+    _check_objective(cfg, dataset)
     with RunDir.open(run_path(cfg.runs_dir, cfg.name), resume=resume) as run:
         _check_settings(run, cfg)
         run.check_same("manifest.json", {"data": dataset.digests}, "data files")
@@ -209,6 +222,17 @@ def open_session(cfg: Config, resume: bool, progress: Progress, devices: int = 1
                 log.warning("%s: %s", run.path, difference)
         run.write_text("config.yaml", dump_config(cfg))
         yield session
+
+
+def _check_objective(cfg: Config, dataset: Dataset) -> None:
+    """Single good answers can be imitated; there is nothing to choose from or to prefer them to."""
+    objective = cfg.selectors.local.objective
+    held = (comparison for data in dataset.clients.values() for comparison in data.train)
+    if objective != "sft" and any(comparison.output_b == "" for comparison in held):
+        raise ConfigError(
+            f"selectors.local.objective: {objective} needs two answers to a prompt, and this data has single good answers; "
+            "set it to sft, or take data with comparisons"
+        )
 
 
 def open_run(cfg: Config, progress: Progress) -> contextlib.AbstractContextManager[Session]:
