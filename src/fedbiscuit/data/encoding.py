@@ -14,7 +14,16 @@ from pathlib import Path
 
 from fedbiscuit.types import Comparison, ConfigError, DataError
 
-__all__ = ["EXTRA", "TEMPLATES", "EncodedComparison", "Encoder", "Template", "encode_comparison", "load_template"]
+__all__ = [
+    "EXTRA",
+    "TEMPLATES",
+    "EncodedComparison",
+    "Encoder",
+    "Template",
+    "encode_comparison",
+    "load_template",
+    "parse_template",
+]
 
 Encoder = Callable[[str], Sequence[int]]
 """Text to token ids, without special tokens added or parsed."""
@@ -36,6 +45,11 @@ class Template:
     def fields(self) -> tuple[str, ...]:
         """The fields in the order in which they occur."""
         return self.pieces[1::2]
+
+    @property
+    def text(self) -> str:
+        """As it was written, with ``{field}`` placeholders."""
+        return "".join(f"{{{piece}}}" if i % 2 else piece for i, piece in enumerate(self.pieces))
 
 
 @dataclass(frozen=True, slots=True)
