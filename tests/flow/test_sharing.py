@@ -329,19 +329,25 @@ def test_the_name_of_the_shipped_model_on_the_hub_is_in_its_exports(run, tmp_pat
     assert json.loads((made / "adapter_config.json").read_text())["base_model_name_or_path"] == name
     card = (made / "README.md").read_text()
     assert f"base_model: {name}\n" in card
-    assert f"`{package}`, which others find as `{name}`. The weights that it was trained on are a quantized file" in card
+    assert (
+        f"`{package}`, which others find as `{name}`. The weights that it was trained on are a quantized file" in card
+    )
 
 
 # What is refused
 
 
 def test_another_base_model_is_refused_with_both_digests(exported, tiny_gemma):
-    with pytest.raises(IntegrityError, match=r"trained on tiny-llama\S* with sha256 \w{16}\.\.\., but .*tiny-gemma.* has \w{16}"):
+    with pytest.raises(
+        IntegrityError, match=r"trained on tiny-llama\S* with sha256 \w{16}\.\.\., but .*tiny-gemma.* has \w{16}"
+    ):
         Selector.from_pretrained(exported["one"], base=str(tiny_gemma), device="cpu")
 
 
 def test_a_base_that_is_not_here_is_asked_for(exported):
-    with pytest.raises(ConfigError, match=r"its base model, tiny-llama\S* \(sha256 .*\), is not found here; give it with base=FOLDER"):
+    with pytest.raises(
+        ConfigError, match=r"its base model, tiny-llama\S* \(sha256 .*\), is not found here; give it with base=FOLDER"
+    ):
         Selector.from_pretrained(exported["one"])
 
 
@@ -452,7 +458,11 @@ def test_the_export_of_a_run_is_the_same_bytes_each_time(run, tmp_path):
     for name in ("a", "b"):
         fedbiscuit.export_run(run, tmp_path / name, selector="all")
     digests = [
-        {path.relative_to(tmp_path / name): hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        {
+            path.relative_to(tmp_path / name): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
         for name in ("a", "b")
     ]
     assert digests[0] == digests[1]
