@@ -475,3 +475,13 @@ def test_the_command_says_where_the_export_is_and_errors_have_their_exit_code(ru
     assert f"{to} is ready" in capsys.readouterr().out
     assert cli.main(["export", str(run), "--policy", "--to", to]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_the_example_of_the_page_runs_as_it_stands(exported, tmp_path, monkeypatch, capsys):
+    """With a merged export, which needs no base model from elsewhere."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "sharing.md").read_text("utf-8")
+    program = page.split("<!-- example -->\n```python\n", 1)[1].split("```", 1)[0]
+    shutil.copytree(exported["merged"], tmp_path / "exported")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "docs/sharing.md", "exec"), {})
+    assert 0.0 < json.loads(capsys.readouterr().out)[0] < 1.0
