@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from fedbiscuit.config import Config, dump_config, json_schema, load_config, parse_config
     from fedbiscuit.data.comparisons import check_files, iter_comparisons, read_comparisons
     from fedbiscuit.models.lm import resolve_model
-    from fedbiscuit.pipeline import align, evaluate, label, run_all, train_selectors
+    from fedbiscuit.models.pretrained import Selector
+    from fedbiscuit.pipeline import align, evaluate, export_run, label, run_all, train_selectors
     from fedbiscuit.report import write_report
     from fedbiscuit.types import (
         ClientData,
@@ -35,11 +36,13 @@ __all__ = [
     "FedbiscuitError",
     "FederationError",
     "IntegrityError",
+    "Selector",
     "__version__",
     "align",
     "check_files",
     "dump_config",
     "evaluate",
+    "export_run",
     "iter_comparisons",
     "json_schema",
     "label",
@@ -56,7 +59,8 @@ _HOME = {
     "fedbiscuit.config": ("Config", "dump_config", "json_schema", "load_config", "parse_config"),
     "fedbiscuit.data.comparisons": ("check_files", "iter_comparisons", "read_comparisons"),
     "fedbiscuit.models.lm": ("resolve_model",),
-    "fedbiscuit.pipeline": ("align", "evaluate", "label", "run_all", "train_selectors"),
+    "fedbiscuit.models.pretrained": ("Selector",),
+    "fedbiscuit.pipeline": ("align", "evaluate", "export_run", "label", "run_all", "train_selectors"),
     "fedbiscuit.report": ("write_report",),
     "fedbiscuit.types": (
         "ClientData",

@@ -67,6 +67,18 @@ Resume = Annotated[
     bool, Parameter(negative="", show_default=False, help="go on where an earlier run into the same folder stopped")
 ]
 
+RunFolder = Annotated[Path, Parameter(help="the folder of a run")]
+WhichSelector = Annotated[
+    str | None, Parameter(show_default=False, help="the number of a selector, from 0, or all: they vote")
+]
+Policy = Annotated[bool, Parameter(negative="", show_default=False, help="the aligned policy")]
+Merge = Annotated[
+    bool, Parameter(negative="", show_default=False, help="a plain model with the adapter in its weights")
+]
+BaseName = Annotated[
+    str, Parameter(show_default=False, help="the name under which others find the base model, such as one on the Hub")
+]
+
 
 @app.command(sort_key=1)
 def run(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus: Gpus = 1) -> None:
@@ -194,6 +206,55 @@ def compare(
         print_comparison(comparison_tables(runs))
     else:
         print("\n".join(map(str, write_comparison(runs, out))))
+
+
+@app.command(name="export", sort_key=7.5)
+def export(
+    run: RunFolder,
+    /,
+    *,
+    to: Annotated[Path, Parameter(help="a new folder to write")],
+    selector: WhichSelector = None,
+    policy: Policy = False,
+    merge: Merge = False,
+    base: BaseName = "",
+) -> None:
+    """Write a selector or the policy of a run into a folder that others can load, with a model card.
+
+    Examples: fedbiscuit export runs/demo --selector 0 --to exported
+              fedbiscuit export runs/demo --policy --merge --to model
+    """
+    from fedbiscuit import pipeline
+
+    made = pipeline.export_run(run, to, selector=selector, policy=policy, merge=merge, base=base)
+    print(f"{made} is ready; read its card, {made / 'README.md'}, before you hand it on")
+
+
+@app.command(sort_key=7.6)
+def push(
+    source: Annotated[Path, Parameter(help="a folder that export wrote, or the folder of a run")],
+    /,
+    *,
+    to_hub: Annotated[str, Parameter(help="OWNER/NAME on the Hub")],
+    selector: WhichSelector = None,
+    policy: Policy = False,
+    merge: Merge = False,
+    base: BaseName = "",
+    public: Annotated[
+        bool, Parameter(negative="", show_default=False, help="let everybody see it; otherwise it is made private")
+    ] = False,
+) -> None:
+    """Upload what export writes to the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN.
+
+    Examples: fedbiscuit push exported --to-hub ann/kitchen-selector
+              fedbiscuit push runs/demo --policy --to-hub ann/kitchen-policy
+    """
+    from fedbiscuit import pipeline
+
+    print(
+        pipeline.push(source, to_hub, selector=selector, policy=policy, merge=merge, base=base, public=public),
+        "is uploaded",
+    )
 
 
 @app.command(name="config", sort_key=8)

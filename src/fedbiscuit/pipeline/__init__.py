@@ -16,9 +16,10 @@ from fedbiscuit.pipeline.judges import check_judges
 from fedbiscuit.pipeline.labels import check_labeling, write_and_label
 from fedbiscuit.pipeline.rounds import train_all
 from fedbiscuit.pipeline.session import Progress, Session, open_run, open_session, silent
+from fedbiscuit.pipeline.sharing import export_run, push
 from fedbiscuit.types import ConfigError
 
-__all__ = ["Progress", "align", "evaluate", "label", "run_all", "train_selectors"]
+__all__ = ["Progress", "align", "evaluate", "export_run", "label", "push", "run_all", "train_selectors"]
 
 
 def run_all(cfg: Config, resume: bool = False, progress: Progress = silent, devices: int = 1) -> Path:

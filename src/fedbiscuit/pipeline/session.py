@@ -158,6 +158,10 @@ class Session:
         held = {
             "clients": len(clients),
             "new_clients": len(self.new_clients),
+            "comparisons": {
+                part: sum(len(getattr(data, part)) for data in clients.values())
+                for part in ("train", "validation", "test")
+            },
             "shortened_prompts": self.shortened,
             "left_out": self.left_out,
         }

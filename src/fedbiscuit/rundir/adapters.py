@@ -12,7 +12,14 @@ from fedbiscuit.rundir.tensors import Expected, read_metadata, read_weights, wri
 from fedbiscuit.rundir.values import dump_json, load_json, plain
 from fedbiscuit.types import IntegrityError, Weights
 
-__all__ = ["check_adapter_config", "read_adapter", "write_adapter"]
+__all__ = [
+    "base_of",
+    "check_adapter_config",
+    "read_adapter",
+    "read_adapter_config",
+    "write_adapter",
+    "write_adapter_files",
+]
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 BASE, CONFIG = "fedbiscuit.base", "fedbiscuit.config"
@@ -85,10 +92,25 @@ def write_adapter(
     """Write a PEFT folder, whole or not at all, in place of one that is there. ``base``: digest of the base model."""
     config = check_adapter_config(target / CONFIG_FILE, plain(adapter_config))
     with whole_folder(target) as folder:
-        text = dump_json(config, indent=2) + "\n"
-        notes = {CONFIG: write_synced(folder / CONFIG_FILE, [text.encode()])}
-        notes |= {BASE: base} if base is not None else {}
-        write_tensor_file(folder / WEIGHTS_FILE, weights, notes, place=target / WEIGHTS_FILE)
+        write_adapter_files(folder, weights, config, card, base, place=target)
+
+
+def write_adapter_files(
+    folder: Path,
+    weights: Weights,
+    adapter_config: Mapping[str, Any],
+    card: str = "",
+    base: str | None = None,
+    place: Path | None = None,
+) -> None:
+    """The files of a PEFT folder, straight into ``folder``: a temporary one. ``place`` is what messages name."""
+    place = place or folder
+    config = check_adapter_config(place / CONFIG_FILE, plain(adapter_config))
+    text = dump_json(config, indent=2) + "\n"
+    notes = {CONFIG: write_synced(folder / CONFIG_FILE, [text.encode()])}
+    notes |= {BASE: base} if base is not None else {}
+    write_tensor_file(folder / WEIGHTS_FILE, weights, notes, place=place / WEIGHTS_FILE)
+    if card:
         write_synced(folder / "README.md", [card.encode()])
 
 
@@ -114,3 +136,18 @@ def read_adapter(folder: Path, expect: Expected | None = None, base: str | None 
         raise IntegrityError(f"{config}: was changed after it was written; take it from a backup or write it again")
     check_adapter_config(config, load_json(config, read_regular(config)))
     return weights
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The fields of a plain LoRA in a folder's ``adapter_config.json``."""
+    path = folder / CONFIG_FILE
+    return check_adapter_config(path, load_json(path, read_regular(path)))
+
+
+def base_of(folder: Path) -> str:
+    """The digest of the base model that an adapter was trained on."""
+    path = folder / WEIGHTS_FILE
+    found = read_metadata(path).get(BASE)
+    if found is None:
+        raise IntegrityError(f"{path}: does not say what base model it was trained on; train it again")
+    return found

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedbiscuit.rundir.disk import crash_point, disk_fault, sync_folder
+from fedbiscuit.types import ConfigError, EnvironmentFault
 
-__all__ = ["OLD", "TEMPORARY", "remove_folder", "rename_folder", "tidy", "whole_folder"]
+__all__ = ["OLD", "TEMPORARY", "new_folder", "remove_folder", "rename_folder", "tidy", "whole_folder"]
 
 TEMPORARY, OLD = ".tmp-", ".old-"
 
@@ -43,6 +45,44 @@ def whole_folder(target: Path) -> Iterator[Path]:
             raise disk_fault(error, target) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which becomes ``target`` at the end of the block; for a place that a user chose.
+
+    Nothing is replaced: a file there, or a folder with something in it, is a ``ConfigError``, also when it comes while the
+    block runs. When the block fails nothing stays. The files in it must have been fsynced.
+    """
+    _check_free(target)
+    temporary = target.with_name(TEMPORARY + target.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
+            sync_folder(folder)
+        crash_point("folder_written")
+        os.rename(temporary, target)  # takes the place of an empty folder, and of nothing else
+        sync_folder(target.parent)
+    except (OSError, EnvironmentFault) as error:
+        refused = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(refused, OSError):
+            raise
+        if refused.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            _check_free(target)
+        why = (refused.strerror or str(refused)).lower()
+        raise EnvironmentFault(f"{target}: {why}; nothing was written; make room, or name another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ConfigError(f"{target}: there is a file of this name; name a new folder")
+    if target.is_dir() and (held := sorted(entry.name for entry in target.iterdir())):
+        raise ConfigError(f"{target}: not empty ({held[0]} is in it); name a new folder, or empty this one first")
 
 
 def remove_folder(folder: Path) -> None:

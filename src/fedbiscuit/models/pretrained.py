@@ -1,0 +1,220 @@
+"""``fedbiscuit.Selector``: trained selectors, ready to judge pairs of answers.
+
+``models/selector.py`` has a class of the same name without weights: how comparisons are put to an LM, which training shares
+between all adapters. This one adds the adapters, the temperature and the vote, so that nothing is left to be given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from fedbiscuit.config import LoraSettings, ModelSettings, load_config
+from fedbiscuit.data.encoding import EncodedComparison, parse_template
+from fedbiscuit.data.records import text_of
+from fedbiscuit.models import selector as reading
+from fedbiscuit.models.hub import download
+from fedbiscuit.models.lm import load_lm, resolve_model
+from fedbiscuit.models.selector import VOTES, choice_probability, letter_margins
+from fedbiscuit.models.selector_file import SELECTOR_FILE, SelectorFile, read_selector_file, selector_file_of
+from fedbiscuit.rundir import RunDir, read_adapter, read_adapter_config
+from fedbiscuit.types import Comparison, ConfigError, DataError, IntegrityError, Weights
+
+__all__ = ["Selector"]
+
+log = logging.getLogger("fedbiscuit")
+
+Pair = tuple[str, str, str] | Comparison
+"""(prompt, first answer, second answer), or a comparison, whose ``meta.fields`` may hold a title and a subreddit."""
+Text = str | Sequence[Mapping[str, Any]]
+"""A plain text, or chat messages [{role, content}, ...]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """One trained selector, or several that vote.
+
+    >>> selector = Selector.from_pretrained("exported")  # doctest: +SKIP
+    >>> selector.choose([("How long do eggs boil?", "Ten minutes.", "Yes.")])  # doctest: +SKIP
+    [0.83]
+    """
+
+    reader: reading.Selector
+    adapters: tuple[Weights, ...]
+    temperature: float
+    vote: str
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        base: str | None = None,
+        only: int | None = None,
+        temperature: float | None = None,
+        vote: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> Selector:
+        """Load what ``fedbiscuit export`` wrote, the folder of a run, or a Hub name.
+
+        base: the base model, as ``model.base`` takes it, where it is not found under the name that the export has; another
+        model than the one trained on is an error. only: the number of one selector of several; without it they vote.
+        temperature, vote: others than those of the export.
+        """
+        if temperature is not None and not temperature > 0:
+            raise ConfigError(f"temperature: {temperature} is not permitted; use a number above 0")
+        if vote is not None and vote not in VOTES:
+            raise ConfigError(f"vote: {vote!r} is not permitted; choose from {', '.join(VOTES)}")
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            folder = download(str(source))
+        content, places = _found_in(folder)
+        base = _run_base(folder) if base is None and not (folder / SELECTOR_FILE).is_file() else base
+        if only is not None:
+            if not 0 <= only < len(places):
+                raise ConfigError(f"{folder}: only={only}, but there are {len(places)} selectors, counted from 0")
+            places = places[only : only + 1]
+        settings = _model_settings(folder, content, places, base, device, dtype)
+        lm = load_lm(settings, content.kind == "reward")
+        adapters = tuple(read_adapter(place, base=content.base_sha256) for place in places) or (lm.adapter(),)
+        template = parse_template(content.template, SELECTOR_FILE)
+        reader = reading.Selector.of(lm, template, content.choice_tokens, content.max_tokens, kind=content.kind)
+        rule = (vote or content.vote) if len(adapters) > 1 else "mean"  # a majority of one would say 0 or 1 only
+        return cls(reader, adapters, temperature or content.temperature, rule)
+
+    def choose(self, pairs: Sequence[Pair], batch_size: int = 16, too_long: float | None = None) -> list[float]:
+        """For each pair the probability that its first answer is better; both orders are read and averaged.
+
+        So p for (a, b) is 1 - p for (b, a), and 0.5 for equal answers. A long prompt is shortened from its end. too_long: what
+        to return where the two answers alone do not fit; None: that is a ``DataError``. batch_size: pairs at a time.
+        """
+        comparisons = [_comparison(i, pair) for i, pair in enumerate(pairs)]
+        encoded: dict[int, EncodedComparison] = {}
+        for i, comparison in enumerate(comparisons):
+            fitting, _ = self.reader.encode([comparison])
+            if fitting:
+                encoded[i] = fitting[0]
+            elif too_long is None:
+                raise DataError(
+                    f"pair {i}: its two answers do not fit the {self.reader.max_tokens} tokens that this selector reads; "
+                    "shorten them, or say what to return for such a pair with too_long=0.5"
+                )
+        self.reader.lm.forget_texts()
+        if len(encoded) < len(comparisons):
+            missing = len(comparisons) - len(encoded)
+            log.warning("%d of %d pairs are too long to be read and count as %s", missing, len(comparisons), too_long)
+        order = sorted(encoded, key=lambda i: comparisons[i].prompt)  # neighbours share their prompt
+        said: list[float] = []
+        if order:
+            margins = letter_margins(self.reader, self.adapters, [encoded[i] for i in order], batch_size)
+            said = reading.vote(choice_probability(margins, self.temperature), self.vote).probability.tolist()
+        found = dict(zip(order, said, strict=True))
+        return [found[i] if i in found else float(too_long or 0.0) for i in range(len(comparisons))]
+
+    def win_rates(self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int = 16) -> list[float]:
+        """For each completion its mean probability of winning against the others of the same prompt: 0 to 1, a reward.
+
+        Every pair of a prompt's completions is read. One that is alone has 0.5. An empty completion loses against any
+        that says something, and a pair that is too long to be read is a tie. Texts may be chat messages.
+        """
+        asked = [_prompt_text(prompt) for prompt in prompts]
+        texts = [_completion_text(completion) for completion in completions]
+        groups: dict[str, list[int]] = {}
+        for i, prompt in zip(range(len(texts)), asked, strict=True):
+            groups.setdefault(prompt, []).append(i)
+        speaks = [bool(text.strip()) for text in texts]
+        duels = [duel for group in groups.values() for duel in combinations(group, 2)]
+        read = [(i, j) for i, j in duels if speaks[i] and speaks[j]]
+        said = self.choose([(asked[i], texts[i], texts[j]) for i, j in read], batch_size, too_long=0.5)
+        won = dict(zip(read, said, strict=True))
+        points: list[list[float]] = [[] for _ in texts]
+        for i, j in duels:
+            p = won.get((i, j), (1 + speaks[i] - speaks[j]) / 2)
+            points[i].append(p)
+            points[j].append(1 - p)
+        return [sum(mine) / len(mine) if mine else 0.5 for mine in points]
+
+
+def _found_in(folder: Path) -> tuple[SelectorFile, list[Path]]:
+    """What an export or a run says of its selectors, and the folders of their adapters."""
+    if (folder / SELECTOR_FILE).is_file():
+        content = read_selector_file(folder)
+    elif (folder / "config.yaml").is_file():
+        content = selector_file_of(RunDir.view(folder), load_config(folder / "config.yaml"))
+    else:
+        raise ConfigError(
+            f"{folder}: neither {SELECTOR_FILE} nor a run in this folder; name what `fedbiscuit export` wrote, or a run"
+        )
+    return content, [folder / name for name in content.adapters]
+
+
+def _run_base(folder: Path) -> str:
+    return load_config(folder / "config.yaml").model.base
+
+
+def _model_settings(
+    folder: Path, content: SelectorFile, places: Sequence[Path], base: str | None, device: str, dtype: str
+) -> ModelSettings:
+    """What to load: the base model, checked to be the one that was trained on, and the shape of its adapters."""
+    table: dict[str, Any] = {"device": device, "dtype": dtype}
+    if not content.adapters:
+        if base is not None:
+            raise ConfigError(f"{folder}: a merged model has its base in it; leave base out")
+        return ModelSettings.model_validate({**table, "base": str(folder), "lora": LoraSettings(r=1, dropout=0.0)})
+    try:
+        _, digest = resolve_model(base or content.base)
+    except ConfigError as error:
+        if base is not None:
+            raise
+        raise ConfigError(
+            f"{folder}: its base model, {content.base} (sha256 {content.base_sha256:.16}...), is not found here; give it with "
+            f"base=FOLDER ({error})"
+        ) from error
+    if digest != content.base_sha256:
+        raise IntegrityError(
+            f"{folder}: trained on {content.base} with sha256 {content.base_sha256:.16}..., but {base or content.base} has "
+            f"{digest:.16}...; give the model that it was trained on with base=..., or ask for a merged export"
+        )
+    configs = [_lora_of(place) for place in places]
+    if any(config != configs[0] for config in configs):
+        raise IntegrityError(
+            f"{folder}: its adapters differ in their LoRA settings; load them one by one with only=0, 1, ..."
+        )
+    return ModelSettings.model_validate({**table, "base": base or content.base, "lora": configs[0]})
+
+
+def _lora_of(place: Path) -> LoraSettings:
+    """The LoRA settings in an ``adapter_config.json``; dropout is for training only."""
+    config = read_adapter_config(place)
+    if not isinstance(config["target_modules"], list):
+        raise IntegrityError(f"{place}: target_modules: {config['target_modules']!r:.80} must be a list of names")
+    return LoraSettings(
+        r=config["r"],
+        alpha=float(config.get("lora_alpha", 8)),
+        dropout=0.0,
+        target_modules=tuple(sorted(config["target_modules"])),
+        layers_to_transform=tuple(config.get("layers_to_transform", ())),
+        use_rslora=config.get("use_rslora", False),
+    )
+
+
+def _comparison(i: int, pair: Pair) -> Comparison:
+    if isinstance(pair, Comparison):
+        return pair
+    if not isinstance(pair, Sequence) or len(pair) != 3 or not all(isinstance(text, str) for text in pair):
+        raise DataError(f"pair {i}: {pair!r:.80}: give three texts, (prompt, first answer, second answer)")
+    return Comparison(*pair)
+
+
+def _prompt_text(prompt: Text) -> str:
+    """Several chat messages become the transcript that selectors were trained on."""
+    return prompt if isinstance(prompt, str) else text_of({"prompt": list(prompt)}, "prompt")
+
+
+def _completion_text(completion: Text) -> str:
+    return completion if isinstance(completion, str) else "\n\n".join(str(one["content"]) for one in completion)
