@@ -52,6 +52,15 @@ Paths = Annotated[
     ),
 ]
 
+TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+TrackerNames = Annotated[
+    tuple[TrackerName, ...],
+    BeforeValidator(
+        lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value,
+        json_schema_input_type=TrackerName | tuple[TrackerName, ...],
+    ),
+]
+
 
 class Section(BaseModel):
     """Common to all sections: a key that we do not know is an error, and a loaded section does not change."""
@@ -341,6 +350,11 @@ class Config(Section):
     labels: LabelSettings = Field(default_factory=LabelSettings)
     alignment: AlignmentSettings = Field(default_factory=AlignmentSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    trackers: TrackerNames = Field(
+        (),
+        description="show the numbers of the run there too: tensorboard, trackio, wandb, mlflow; each is installed by "
+        "itself (docs/trackers.md). May change when a run goes on",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Config:
@@ -415,6 +429,8 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "policy_model.threads", "must be that of model: the number of threads is one for the whole process"
     if chosen.patience and not chosen.eval_every:
         yield "selectors.patience", "early stopping needs evaluations; set eval_every"
+    if len(set(cfg.trackers)) < len(cfg.trackers):
+        yield "trackers", f"{list(cfg.trackers)} names one twice; name each once"
     for size in cohorts.values():
         if chosen.population == "federated" and 0 < size < chosen.min_replies:
             yield "selectors.min_replies", f"{chosen.min_replies} replies cannot come from a cohort of {size}"

@@ -16,6 +16,7 @@ from fedbiscuit.data.sources import Dataset, load
 from fedbiscuit.models.lm import LM, load_lm
 from fedbiscuit.models.selector import Selector
 from fedbiscuit.rundir import RunDir, machine_differences, machine_manifest, run_path
+from fedbiscuit.tracking import Tracking, check_installed, open_tracking
 from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, DataError, Weights
 
 __all__ = ["Progress", "Session", "open_run", "open_session", "resolved", "silent"]
@@ -41,6 +42,7 @@ class Session:
     left_out: dict[str, int] = field(default_factory=dict)
     shortened: int = 0
     models: dict[ModelSettings, LM] = field(default_factory=dict)
+    tracking: Tracking = field(default_factory=Tracking)
 
     def lm_of(self, settings: ModelSettings) -> LM:
         """The LM of these settings, loaded once."""
@@ -187,6 +189,7 @@ class Session:
 @contextlib.contextmanager
 def open_session(cfg: Config, resume: bool, progress: Progress) -> Iterator[Session]:
     """Load the data, lock the run folder, check that it belongs to these settings and data, write both down."""
+    check_installed(cfg.trackers)
     dataset = load(cfg.data, cfg.seed)
     for warning in dataset.warnings:
         log.warning("%s", warning)
@@ -203,7 +206,8 @@ def open_session(cfg: Config, resume: bool, progress: Progress) -> Iterator[Sess
             for difference in machine_differences(run.read_json("manifest.json") or {}, now):
                 log.warning("%s: %s", run.path, difference)
         run.write_text("config.yaml", dump_config(cfg))
-        yield session
+        with open_tracking(cfg.trackers, run, cfg.name) as session.tracking:
+            yield session
 
 
 def open_run(cfg: Config, progress: Progress) -> contextlib.AbstractContextManager[Session]:
@@ -219,7 +223,7 @@ def _check_settings(run: RunDir, cfg: Config) -> None:
     path = run.path / "config.yaml"
     if not path.exists():
         return
-    free = {"name", "runs_dir", "evaluation"}
+    free = {"name", "runs_dir", "evaluation", "trackers"}
     if not (run.path / "completions.jsonl").exists():
         free |= {"generation", "labels"}
     if not (run.path / "state" / "policy").exists():
