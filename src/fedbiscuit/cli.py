@@ -173,13 +173,13 @@ def report(
     Examples: fedbiscuit report runs/demo
               fedbiscuit report runs/demo --watch 5
     """
-    from fedbiscuit.report import watch_report, write_report
+    from fedbiscuit import report as pages
 
     cfg, _ = _settings(config, ())
     if not 0 <= watch <= 86400:
         raise ConfigError(f"--watch: {watch} is not permitted; it must be a whole number of seconds from 1 to 86400")
     if watch == 0:
-        print(write_report(_run_dir(cfg)))
+        print(pages.write_report(_run_dir(cfg)))
         return
     told: list[Path] = []
 
@@ -191,7 +191,7 @@ def report(
             )
         told.append(path)
 
-    print(f"{watch_report(_run_dir(cfg), watch, written)}: the run has ended, and this page shows all of it")
+    print(f"{pages.watch_report(_run_dir(cfg), watch, written)}: the run has ended, and this page shows all of it")
 
 
 @app.command(sort_key=7)

@@ -311,6 +311,11 @@ class AlignmentSettings(Section):
     keep_every: CountOrOff = Field(
         0, description="steps between checkpoints that are kept for later evaluation; 0: none"
     )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="lr after the warm-up: the same in all steps, or falling to 0 in a line or in half a cosine",
+    )
+    warmup_steps: CountOrOff = Field(0, description="first steps over which lr rises evenly from 0; 0: none")
 
     def as_local(self) -> LocalTraining:
         """The same as the plain value that the training loop takes."""
@@ -429,6 +434,11 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "policy_model.threads", "must be that of model: the number of threads is one for the whole process"
     if chosen.patience and not chosen.eval_every:
         yield "selectors.patience", "early stopping needs evaluations; set eval_every"
+    if cfg.alignment.warmup_steps >= cfg.alignment.steps:
+        yield (
+            "alignment.warmup_steps",
+            f"{cfg.alignment.warmup_steps} of {cfg.alignment.steps} steps are all warm-up; use fewer than alignment.steps",
+        )
     if len(set(cfg.trackers)) < len(cfg.trackers):
         yield "trackers", f"{list(cfg.trackers)} names one twice; name each once"
     for size in cohorts.values():

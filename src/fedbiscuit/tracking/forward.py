@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fedbiscuit.rundir import RunDir
@@ -22,7 +23,7 @@ ROWS = {
     "global": ("global_metrics.jsonl", "global"),
     "alignment": ("alignment.jsonl", "policy"),
 }
-"""Stage to the file of its rows and to its saved state: rows behind the newest state are computed again, then forwarded."""
+"""Stage to the file of its rows and to its saved state: rows after the newest state are computed again, and then forwarded."""
 
 
 class Tracking:
@@ -34,8 +35,8 @@ class Tracking:
     def forward(self, stage: str, row: Mapping[str, Any]) -> None:
         """The numbers of one row to each tracker that does not have it yet.
 
-        A step is the number of the round or step, counted from 1; of evaluations it is the how manieth one that differs
-        from the one before.
+        A step is the number of the round or step, counted from 1; evaluations are numbered too, and one that is the same as
+        the one before is not forwarded.
         """
         values = scalars(stage, row) if self._trackers else {}
         for name, tracker in list(self._trackers.items()):
@@ -45,7 +46,7 @@ class Tracking:
             else:
                 step = row["round"] + 1 if "round" in row else row["step"]
                 known = step <= last
-            if values and not known and self._tried(name, lambda t=tracker, s=step: t.log(stage, s, values)):
+            if values and not known and self._tried(name, partial(tracker.log, stage, step, values)):
                 tracker.seen[stage] = (step, values)
 
     def caught_up(self) -> None:
@@ -56,10 +57,10 @@ class Tracking:
     def close(self, ok: bool) -> None:
         """Finish each tracker; ``ok``: the run has not failed."""
         for name, tracker in list(self._trackers.items()):
-            self._tried(name, lambda t=tracker: t.close(ok))
+            self._tried(name, partial(tracker.close, ok))
         self._trackers = {}
 
-    def _tried(self, name: str, work: Any) -> bool:
+    def _tried(self, name: str, work: Callable[[], None]) -> bool:
         """Whether the work was done. Training does not stop for a tracker: the run's own files are complete without it."""
         try:
             work()

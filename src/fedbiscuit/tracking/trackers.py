@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from fedbiscuit.rundir.disk import sync_folder, write_all
 from fedbiscuit.types import EnvironmentFault
 
-__all__ = ["NEEDS", "TRACKERS", "Seen", "Tracker", "check_installed"]
+__all__ = ["NEEDS", "TRACKERS", "Seen", "Tracker", "check_installed", "seen_in"]
 
 PROJECT = "fedbiscuit"
 FINISH_SECONDS = 120.0
