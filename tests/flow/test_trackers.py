@@ -6,6 +6,7 @@ A library that is not installed is skipped, loudly; docs/trackers.md says what t
 from __future__ import annotations
 
 import json
+import logging
 import os
 import runpy
 import signal
@@ -134,20 +135,69 @@ READERS: dict[str, Callable[[Path], Held]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(READERS))
-def tracker(request: pytest.FixtureRequest) -> str:
+def missing(tracker: str) -> str:
+    """Why a tracker cannot be tested here, or nothing."""
     try:
-        check_installed((request.param,))
+        check_installed((tracker,))
     except EnvironmentFault as error:
-        warnings.warn(f"{request.param} was NOT tested: {error}", stacklevel=2)
-        pytest.skip(str(error))
+        return str(error)
+    return ""
+
+
+ALL = f"trackers=[{', '.join(name for name in READERS if not missing(name))}]"
+"""Every run below has all trackers that are installed at once."""
+
+
+@pytest.fixture(params=list(READERS))
+def tracker(request: pytest.FixtureRequest) -> str:
+    if why := missing(request.param):
+        warnings.warn(f"{request.param} was NOT tested: {why}", stacklevel=2)
+        pytest.skip(why)
     return request.param
 
 
 @pytest.fixture(scope="module")
-def finished(tracker: str, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """The folder of a finished run with this tracker."""
-    return pipeline.run_all(settings(tmp_path_factory.mktemp("finished"), tiny_model, f"trackers={tracker}"))
+def finished(here_only: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The folder of a finished run."""
+    return pipeline.run_all(settings(tmp_path_factory.mktemp("finished"), tiny_model, ALL))
+
+
+@pytest.fixture(scope="module")
+def killed_twice(here_only: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A run that was killed after two rounds that are in no saved state, then after two such steps of the alignment."""
+    tmp_path = tmp_path_factory.mktemp("killed")
+    cfg = settings(tmp_path, tiny_model, ALL)
+    (tmp_path / "cfg.yaml").write_text(dump_config(cfg))
+    done = []
+    for where in ("state_manifest:2", "state_manifest:3"):
+        environment = {**os.environ, "FEDBISCUIT_CRASH_AT": where, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", HERE["KILL"], str(tmp_path / "cfg.yaml")]
+        killed = subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+        run = tmp_path / "runs" / "one"
+        done.append([len(lines(run / name)) for name in ("metrics.jsonl", "alignment.jsonl") if (run / name).exists()])
+    assert done == [[4], [4, 4]]
+    return pipeline.run_all(cfg, resume=True)
+
+
+@pytest.fixture(scope="module")
+def failing(here_only: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, list[str]]:
+    """A run whose trackers all fail at the third round, and the warnings."""
+    tmp_path, told = tmp_path_factory.mktemp("failing"), []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    listener = Listener()
+    logging.getLogger("fedbiscuit").addHandler(listener)
+    with pytest.MonkeyPatch.context() as patch:
+        for made in TRACKERS.values():
+            log = made.log
+            patch.setattr(made, "log", lambda *words, log=log: log(*words) if words[1:3] != ("selectors", 3) else 1 / 0)
+        run = pipeline.run_all(settings(tmp_path, tiny_model, ALL))
+    logging.getLogger("fedbiscuit").removeHandler(listener)
+    return run, told
 
 
 def in_the_files(run: Path) -> Held:
@@ -262,46 +312,31 @@ def test_what_a_server_holds_is_read_from_the_summary_of_its_run():
 # Going on
 
 
-KILLED = {
-    "tensorboard": "lines_written:7",  # a round is in the file, and not forwarded
-    "trackio": "state_manifest:2",  # two rounds are forwarded, and not in a saved state
-    "wandb": "state_manifest:4",  # the same of two steps of the alignment
-    "mlflow": "state_manifest:4",
-}
+def test_after_two_kills_nothing_is_missing_and_nothing_is_there_twice(tracker, killed_twice):
+    assert len(lines(killed_twice / "metrics.jsonl")) == 4
+    assert len(lines(killed_twice / "alignment.jsonl")) == 5
+    assert curves(READERS[tracker](killed_twice)) == rounded(in_the_files(killed_twice))
 
 
-def test_after_a_kill_and_a_resume_nothing_is_missing_and_nothing_is_there_twice(tracker, tmp_path, tiny_model):
-    cfg = settings(tmp_path, tiny_model, f"trackers={tracker}")
-    config = tmp_path / "cfg.yaml"
-    config.write_text(dump_config(cfg))
-    environment = {**os.environ, "FEDBISCUIT_CRASH_AT": KILLED[tracker], "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
-        [sys.executable, "-c", HERE["KILL"], str(config)], env=environment, capture_output=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    run = pipeline.run_all(cfg, resume=True)
-    assert curves(READERS[tracker](run)) == rounded(in_the_files(run))
-    assert len(lines(run / "metrics.jsonl")) == 4
-    assert len(lines(run / "alignment.jsonl")) == 5
-
-
-def test_a_tracker_that_is_added_later_gets_what_was_before_and_an_evaluation_that_changed(
-    tracker, tmp_path, tiny_model
-):
-    plain = settings(tmp_path, tiny_model)
-    run = pipeline.train_selectors(plain)
-    tracked = settings(tmp_path, tiny_model, f"trackers=[{tracker}]")
-    pipeline.label(tracked)
-    assert curves(READERS[tracker](run)) == rounded(in_the_files(run))
-    pipeline.evaluate(tracked)
-    pipeline.evaluate(tracked)
-    name = "evaluation/selectors/selector-of-the-clients-group/interval_low"
-    first = json.loads((run / "evaluation.json").read_text())["selectors"]["rows"][0]["interval"][0]
-    assert READERS[tracker](run)[name] == [(1, pytest.approx(first, rel=1e-6))]  # the same twice is logged once
-    pipeline.evaluate(settings(tmp_path, tiny_model, f"trackers=[{tracker}]", "evaluation.bootstrap=3"))
-    second = json.loads((run / "evaluation.json").read_text())["selectors"]["rows"][0]["interval"][0]
-    assert second != first
-    assert READERS[tracker](run)[name][-1][1] == pytest.approx(second, rel=1e-6)
+def test_a_tracker_that_comes_later_gets_what_was_before_and_each_evaluation_that_differs(tmp_path, tiny_model):
+    run = pipeline.train_selectors(settings(tmp_path, tiny_model))
+    found = {}
+    for step, bootstrap in enumerate((50, 50, 3)):
+        pipeline.evaluate(settings(tmp_path, tiny_model, ALL, f"evaluation.bootstrap={bootstrap}"))
+        own = json.loads((run / "evaluation.json").read_text())["selectors"]["rows"][0]
+        found[step] = own["interval"][0]
+        if step == 0:
+            continue
+        for tracker in ALL.removeprefix("trackers=[").removesuffix("]").split(", "):
+            held = READERS[tracker](run)
+            assert curves(held) == rounded(in_the_files(run))
+            points = held["evaluation/selectors/selector-of-the-clients-group/interval_low"]
+            if step == 1:  # the same twice is shown once
+                assert points == [(1, pytest.approx(found[0], rel=1e-6))]
+            else:
+                assert points[-1][1] == pytest.approx(found[2], rel=1e-6)
+                assert len(points) == (2 if tracker in ("trackio", "mlflow", "tensorboard") else 1)
+    assert found[2] != found[0]
 
 
 # What goes wrong
@@ -322,19 +357,20 @@ def test_a_folder_that_a_tracker_has_made_is_not_taken_for_its_library(tmp_path,
         check_installed(("wandb",))
 
 
-def test_a_tracker_that_fails_in_the_middle_is_said_once_and_the_run_is_the_same(
-    tracker, tmp_path, tiny_model, monkeypatch, caplog
-):
-    whole = pipeline.run_all(settings(tmp_path, tiny_model, name="whole"))
-    made, log = TRACKERS[tracker], TRACKERS[tracker].log
-    monkeypatch.setattr(made, "log", lambda *words: log(*words) if words[1:3] != ("selectors", 3) else 1 / 0)
-    run = pipeline.run_all(settings(tmp_path, tiny_model, f"trackers={tracker}", name="failing"))
-    (told,) = [record.getMessage() for record in caplog.records if "has failed" in record.getMessage()]
-    assert told.startswith(f"trackers: {tracker} has failed and gets no more numbers (ZeroDivisionError")
+def test_trackers_that_fail_in_the_middle_are_said_once_and_the_run_is_the_same(failing, finished):
+    run, told = failing
+    told = [text for text in told if "has failed" in text]
+    names = ALL.removeprefix("trackers=[").removesuffix("]").split(", ")
+    assert len(told) == len(names)
+    for name, text in zip(names, told, strict=True):
+        assert text.startswith(f"trackers: {name} has failed and gets no more numbers (ZeroDivisionError")
     for name in ("metrics.jsonl", "alignment.jsonl", "evaluation.json", "policy/adapter_model.safetensors"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes()
-    monkeypatch.undo()
-    pipeline.evaluate(settings(tmp_path, tiny_model, f"trackers={tracker}", name="failing"))
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_tracker_that_has_failed_gets_what_it_has_missed_when_the_run_goes_on(tracker, failing, tiny_model):
+    run, _ = failing
+    pipeline.evaluate(settings(run.parents[1], tiny_model, f"trackers={tracker}"))
     assert curves(READERS[tracker](run)) == rounded(in_the_files(run))
 
 
