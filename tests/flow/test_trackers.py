@@ -171,6 +171,7 @@ def killed_twice(here_only: None, tmp_path_factory: pytest.TempPathFactory, tiny
     done = []
     for where in ("state_manifest:2", "state_manifest:3"):
         environment = {**os.environ, "FEDBISCUIT_CRASH_AT": where, "OMP_NUM_THREADS": "1"}
+        environment.pop("WANDB_SERVICE", None)  # the process that this one shares, which would not see the other's end
         command = [sys.executable, "-c", HERE["KILL"], str(tmp_path / "cfg.yaml")]
         killed = subprocess.run(command, env=environment, capture_output=True, check=False)
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]

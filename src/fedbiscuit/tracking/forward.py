@@ -31,6 +31,7 @@ class Tracking:
 
     def __init__(self, trackers: Mapping[str, Tracker] | None = None) -> None:
         self._trackers = dict(trackers or {})
+        self._failed: list[Tracker] = []
 
     def forward(self, stage: str, row: Mapping[str, Any]) -> None:
         """The numbers of one row to each tracker that does not have it yet.
@@ -58,14 +59,17 @@ class Tracking:
         """Finish each tracker; ``ok``: the run has not failed."""
         for name, tracker in list(self._trackers.items()):
             self._tried(name, partial(tracker.close, ok))
-        self._trackers = {}
+        for tracker in self._failed:
+            with contextlib.suppress(Exception):
+                tracker.close(ok)
+        self._trackers, self._failed = {}, []
 
     def _tried(self, name: str, work: Callable[[], None]) -> bool:
         """Whether the work was done. Training does not stop for a tracker: the run's own files are complete without it."""
         try:
             work()
         except Exception as error:
-            del self._trackers[name]
+            self._failed.append(self._trackers.pop(name))
             log.warning(
                 "trackers: %s has failed and gets no more numbers (%s); the run goes on, and its own files are complete. "
                 "When the run is resumed, %s gets what it has missed",

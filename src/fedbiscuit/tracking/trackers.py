@@ -115,6 +115,7 @@ class Wandb:
             name=name,
             dir=str(run),
             resume="allow",
+            reinit="create_new",
             settings=wandb.Settings(
                 console="off",
                 disable_code=True,
@@ -142,8 +143,10 @@ class Wandb:
 
     def caught_up(self) -> None:
         """The new offline folder has all that the older ones have."""
+        now = Path(self._run.settings.sync_dir).resolve()
         for folder in self._old if self._run.settings.mode == "offline" else ():
-            shutil.rmtree(folder)
+            if folder.resolve() != now:
+                shutil.rmtree(folder)
 
     def close(self, ok: bool) -> None:
         """Wait until all is written or sent, but not for ever: what is not sent stays in ``RUN/wandb`` for `wandb sync`."""
