@@ -57,7 +57,7 @@ def test_a_page_is_written_again_while_a_run_of_another_process_goes_on_and_is_w
                 seen.append(int(found[1]))
         return training.poll() is not None
 
-    wait_for(look, watcher)
+    wait_for(look)
     told, errors = training.communicate()
     assert training.returncode == 0, errors
     told, errors = watcher.communicate(timeout=PATIENCE)
@@ -73,7 +73,7 @@ def test_a_page_is_written_again_while_a_run_of_another_process_goes_on_and_is_w
 
 
 def test_ctrl_c_ends_the_watching_and_leaves_a_page_that_loads_itself_no_more(tmp_path):
-    run = write_fake_run(tmp_path)
+    run = write_fake_run(tmp_path / "fake")
     (run / "evaluation.json").unlink()
     with RunDir.open(run, resume=True) as opened:
         watcher = start("report", str(run), "--watch", "1")
@@ -93,7 +93,7 @@ def test_ctrl_c_ends_the_watching_and_leaves_a_page_that_loads_itself_no_more(tm
 
 
 def test_a_run_that_nobody_writes_has_ended_also_where_it_was_killed(tmp_path):
-    run = write_fake_run(tmp_path)
+    run = write_fake_run(tmp_path / "fake")
     assert not RunDir.view(run).in_use()
     holder = "import sys, os, signal; from fedbiscuit.rundir import RunDir; RunDir.open(sys.argv[1], resume=True); "
     command = [sys.executable, "-c", holder + "os.kill(os.getpid(), signal.SIGKILL)", str(run)]
@@ -108,7 +108,7 @@ def test_a_run_that_nobody_writes_has_ended_also_where_it_was_killed(tmp_path):
 def test_a_wrong_number_of_seconds_is_named(tmp_path, capsys):
     from fedbiscuit.cli import main
 
-    run = write_fake_run(tmp_path)
+    run = write_fake_run(tmp_path / "fake")
     assert main(["report", str(run), "--watch", "-1"]) == 2
     assert (
         "--watch: -1 is not permitted; it must be a whole number of seconds from 1 to 86400" in capsys.readouterr().err

@@ -115,7 +115,7 @@ class Wandb:
             name=name,
             dir=str(run),
             resume="allow",
-            reinit="create_new",
+            reinit="finish_previous",  # with create_new a run that is opened twice in one process loses its numbers
             settings=wandb.Settings(
                 console="off",
                 disable_code=True,
