@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import shutil
 import time
@@ -172,7 +171,7 @@ class MLflow:
 
     def __init__(self, run: Path, name: str, identity: str) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         from mlflow import MlflowClient
 
         beside = run.resolve().parent
@@ -248,8 +247,10 @@ class Trackio:
 
     def close(self, ok: bool) -> None:
         """Wait until all is written, at most half a minute."""
+        import trackio
+
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            trackio.finish()  # not the run's own method, after which it would be finished again as the process ends
 
 
 TRACKERS: dict[str, Callable[[Path, str, str], Tracker]] = {
