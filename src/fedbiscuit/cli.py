@@ -175,15 +175,42 @@ def evaluate(
 
 
 @app.command(sort_key=6)
-def report(config: Source, /) -> None:
+def report(
+    config: Source,
+    /,
+    *,
+    watch: Annotated[
+        int,
+        Parameter(
+            show_default=False,
+            help="while the run goes on, look every so many seconds whether its files have changed, and write the page again",
+        ),
+    ] = 0,
+) -> None:
     """Write report.html, one self-contained page with plots, from what is in a run folder.
 
-    Example: fedbiscuit report runs/demo
+    Examples: fedbiscuit report runs/demo
+              fedbiscuit report runs/demo --watch 5
     """
-    from fedbiscuit.report import write_report
+    from fedbiscuit import report as pages
 
     cfg, _ = _settings(config, ())
-    print(write_report(_run_dir(cfg)))
+    if not 0 <= watch <= 86400:
+        raise ConfigError(f"--watch: {watch} is not permitted; it must be a whole number of seconds from 1 to 86400")
+    if watch == 0:
+        print(pages.write_report(_run_dir(cfg)))
+        return
+    told: list[Path] = []
+
+    def written(path: Path) -> None:
+        if not told:
+            print(
+                f"{path}: open it in a browser; it is written again while the run goes on (Ctrl-C ends that)",
+                flush=True,
+            )
+        told.append(path)
+
+    print(f"{pages.watch_report(_run_dir(cfg), watch, written)}: the run has ended, and this page shows all of it")
 
 
 @app.command(sort_key=7)

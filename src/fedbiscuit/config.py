@@ -66,6 +66,15 @@ Paths = Annotated[
     ),
 ]
 
+TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+TrackerNames = Annotated[
+    tuple[TrackerName, ...],
+    BeforeValidator(
+        lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value,
+        json_schema_input_type=TrackerName | tuple[TrackerName, ...],
+    ),
+]
+
 
 class Section(BaseModel):
     """Common to all sections: a key that we do not know is an error, and a loaded section does not change."""
@@ -337,6 +346,11 @@ class AlignmentSettings(Section):
     keep_every: CountOrOff = Field(
         0, description="steps between checkpoints that are kept for later evaluation; 0: none"
     )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="lr after the warm-up: the same in all steps, or falling to 0 in a line or in half a cosine",
+    )
+    warmup_steps: CountOrOff = Field(0, description="first steps over which lr rises evenly from 0; 0: none")
 
     def as_local(self) -> LocalTraining:
         """The same as the plain value that the training loop takes."""
@@ -376,6 +390,11 @@ class Config(Section):
     labels: LabelSettings = Field(default_factory=LabelSettings)
     alignment: AlignmentSettings = Field(default_factory=AlignmentSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    trackers: TrackerNames = Field(
+        (),
+        description="show the numbers of the run there too: tensorboard, trackio, wandb, mlflow; each is installed by "
+        "itself (docs/trackers.md). May change when a run goes on",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Config:
@@ -457,6 +476,13 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "policy_model.threads", "must be that of model: the number of threads is one for the whole process"
     if chosen.patience and not chosen.eval_every:
         yield "selectors.patience", "early stopping needs evaluations; set eval_every"
+    if cfg.alignment.warmup_steps >= cfg.alignment.steps:
+        yield (
+            "alignment.warmup_steps",
+            f"{cfg.alignment.warmup_steps} of {cfg.alignment.steps} steps are all warm-up; use fewer than alignment.steps",
+        )
+    if len(set(cfg.trackers)) < len(cfg.trackers):
+        yield "trackers", f"{list(cfg.trackers)} names one twice; name each once"
     for size in cohorts.values():
         if chosen.population == "federated" and 0 < size < chosen.min_replies:
             yield "selectors.min_replies", f"{chosen.min_replies} replies cannot come from a cohort of {size}"

@@ -152,6 +152,10 @@ class LocalTraining:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     dpo_beta: float = 0.1
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What becomes of ``lr`` over the steps, after the warm-up: linear and cosine end at 0."""
+    warmup_steps: int = 0
+    """First steps over which the learning rate rises evenly from 0."""
 
     @property
     def comparisons_per_round(self) -> int:

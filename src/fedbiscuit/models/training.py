@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fedbiscuit.models.lm import LM
 from fedbiscuit.types import FedbiscuitError, LocalTraining, Weights, seed_for
 
-__all__ = ["load_optimizer", "make_optimizer", "optimizer_tensors", "stream", "train"]
+__all__ = ["load_optimizer", "lr_factor", "make_optimizer", "optimizer_tensors", "stream", "train"]
 
 T = TypeVar("T")
 
@@ -42,6 +43,8 @@ def train(
             (value / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
             for name, number in {"loss": float(value.detach()), **extra}.items():
                 report[name] = report.get(name, 0.0) + number / len(micro_batches)
+        for group in optimizer.param_groups:
+            group["lr"] = how.lr * lr_factor(step, how)
         norm = torch.nn.utils.clip_grad_norm_(parameters, how.max_grad_norm or float("inf"))
         if not torch.isfinite(norm):
             raise FedbiscuitError(f"step {step}: the gradient is not finite; lower the learning rate (lr {how.lr:g})")
@@ -49,6 +52,25 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         lm.model.eval()
         yield report
+
+
+def lr_factor(step: int, how: LocalTraining) -> float:
+    """What the learning rate is multiplied by at a step, counted from 0: a function of the step, so nothing is saved.
+
+    The values of ``transformers.get_scheduler`` of the same name (constant: ``constant_with_warmup``), whose first step of a
+    warm-up has a learning rate of 0.
+    """
+    if step < how.warmup_steps:
+        return step / how.warmup_steps
+    return SCHEDULES[how.lr_schedule]((step - how.warmup_steps) / max(1, how.steps - how.warmup_steps))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
+}
+"""Share of the steps after the warm-up that are done, from 0 to below 1, to factor."""
 
 
 def make_optimizer(parameters: Sequence[torch.nn.Parameter], how: LocalTraining) -> torch.optim.Optimizer:

@@ -68,7 +68,9 @@ def align_policy(session: Session) -> None:
     for step, report in enumerate(
         train(lm, batches, loss, how, (seed, "dpo dropout"), optimizer, first_step), first_step + 1
     ):
-        run.append_lines("alignment.jsonl", [{"step": step, **report}])
+        row = {"step": step, **report}
+        run.append_lines("alignment.jsonl", [row])
+        session.tracking.forward("alignment", row)
         if settings.keep_every and step % settings.keep_every == 0:
             _save_policy(session, f"checkpoints/step-{step:06d}/policy", step, len(rows))
         if step % settings.save_every == 0 or step == how.steps:

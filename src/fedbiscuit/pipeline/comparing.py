@@ -37,6 +37,7 @@ def evaluate_run(session: Session, checkpoints: bool = False) -> None:
         "left_out": session.left_out,
     }
     session.run.write_json("evaluation.json", result)
+    session.tracking.forward("evaluation", result)
     seconds = time.monotonic() - started
     session.run.append_lines("timings.jsonl", [{"stage": "evaluation", "step": 1, "seconds": seconds}])
 

@@ -48,6 +48,7 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
             if due or state.round == settings.rounds:
                 row["metrics"]["validation"] = _validate(session, state, clients, settings)
             run.append_lines(metrics, [row])
+            session.tracking.forward(name, row)
             run.append_lines("timings.jsonl", [{"stage": name, "step": state.round, "seconds": record.seconds}])
             history.append(row)
             if settings.keep_every and state.round % settings.keep_every == 0 and name == "selectors":

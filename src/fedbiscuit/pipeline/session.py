@@ -16,6 +16,7 @@ from fedbiscuit.data.sources import Dataset, load
 from fedbiscuit.models.lm import LM, load_lm
 from fedbiscuit.models.selector import Selector
 from fedbiscuit.rundir import RunDir, machine_differences, machine_manifest, run_path
+from fedbiscuit.tracking import Tracking, check_installed, open_tracking
 from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, DataError, Weights
 
 __all__ = ["Progress", "Session", "open_run", "open_session", "resolved", "silent"]
@@ -42,6 +43,7 @@ class Session:
     shortened: int = 0
     devices: int = 1
     models: dict[tuple[ModelSettings, bool], LM] = field(default_factory=dict)
+    tracking: Tracking = field(default_factory=Tracking)
 
     def lm_of(self, settings: ModelSettings, scores: bool = False) -> LM:
         """The LM of these settings, loaded once; ``scores``: with a head for a reward model."""
@@ -208,6 +210,7 @@ def open_session(cfg: Config, resume: bool, progress: Progress, devices: int = 1
 
     ``devices``: over how many of this machine the clients of a round are spread.
     """
+    check_installed(cfg.trackers)
     dataset = load(cfg.data, cfg.seed)
     for warning in dataset.warnings:
         log.warning("%s", warning)
@@ -225,7 +228,8 @@ def open_session(cfg: Config, resume: bool, progress: Progress, devices: int = 1
             for difference in machine_differences(run.read_json("manifest.json") or {}, now):
                 log.warning("%s: %s", run.path, difference)
         run.write_text("config.yaml", dump_config(cfg))
-        yield session
+        with open_tracking(cfg.trackers, run, cfg.name) as session.tracking:
+            yield session
 
 
 def _check_objective(cfg: Config, dataset: Dataset) -> None:
@@ -252,7 +256,7 @@ def _check_settings(run: RunDir, cfg: Config) -> None:
     path = run.path / "config.yaml"
     if not path.exists():
         return
-    free = {"name", "runs_dir", "evaluation"}
+    free = {"name", "runs_dir", "evaluation", "trackers"}
     if not (run.path / "completions.jsonl").exists():
         free |= {"generation", "labels"}
     if not (run.path / "state" / "policy").exists():

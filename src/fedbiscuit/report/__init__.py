@@ -2,16 +2,16 @@
 
 ``reading.py`` takes from the folder what the page needs, ``words.py`` says it in sentences, ``plots.py`` and ``charts.py``
 draw it on the canvas of ``canvas.py``, ``page.py`` puts the page together from the pieces of ``markup.py``, and
-``style.py`` has its colours. Several folders become tables side by side: ``comparison.py`` reads them, ``sidebyside.py``
-writes. matplotlib is imported when the first figure is drawn.
+``style.py`` has its colours; ``watching.py`` makes it again while a run goes on. Several folders become tables side by
+side: ``comparison.py`` reads them, ``sidebyside.py`` writes. matplotlib is imported when the first figure is drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["comparison_tables", "write_comparison", "write_report"]
+__all__ = ["comparison_tables", "watch_report", "write_comparison", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -28,6 +28,13 @@ def write_report(run_dir: Path) -> Path:
     path = Path(run_dir) / "report.html"
     atomic_write(path, render(read_run(Path(run_dir))))
     return path
+
+
+def watch_report(run_dir: Path, seconds: int, written: Callable[[Path], None] = lambda path: None) -> Path:
+    """The same again and again while a run goes on: ``watching.watch_report``."""
+    from fedbiscuit.report import watching
+
+    return watching.watch_report(Path(run_dir), seconds, written)
 
 
 def comparison_tables(run_dirs: Sequence[Path]) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:

@@ -31,15 +31,19 @@ FIGURES: tuple[Callable[[RunView], Drawing | None], ...] = (
 """In the order of the page; a figure without data is left out."""
 
 
-def render(run: RunView) -> str:
-    """The whole page. A function of what is in the folder: no clock, no path, nothing random."""
+def render(run: RunView, refresh: int = 0) -> str:
+    """The whole page. A function of what is in the folder: no clock, no path, nothing random.
+
+    ``refresh``: seconds after which a browser loads the page again, for a run that goes on; 0: never.
+    """
     sections = "\n".join(part for section in SECTIONS if (part := section(run)))
+    again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         "base-uri 'none'; form-action 'none'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
+        f'<meta name="color-scheme" content="light dark">\n{again}'
         f"<title>{escaped(run.cfg.name)} · fedbiscuit report</title>\n<style>{stylesheet()}</style>\n</head>\n"
         f"<body>\n<main>\n{sections}\n</main>\n</body>\n</html>\n"
     )
@@ -247,7 +251,7 @@ def _leaves(values: Mapping[str, Any], place: str = "") -> list[tuple[str, str]]
 
 def _foot(run: RunView) -> str:
     stage = stage_now(run)
-    more = "" if stage is None else " The run goes on: make this page again for the newest state."
+    more = "" if stage is None else " The run is not finished: this page shows what there was when it was made."
     return (
         "<footer>Made by fedbiscuit from the files of this run folder; the numbers behind every figure are in its "
         f".jsonl and .json files.{more}</footer>"

@@ -14,9 +14,25 @@ from fedbiscuit.report.style import GROUPS
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.types import ClientId, Grouping
 
-__all__ = ["RunView", "read_run", "validation_series"]
+__all__ = ["FILES", "FOLDERS", "RunView", "read_run", "validation_series"]
 
 Row = Mapping[str, Any]
+
+FILES = (
+    "config.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "global_metrics.jsonl",
+    "completions.jsonl",
+    "labels.json",
+    "alignment.jsonl",
+    "timings.jsonl",
+    "evaluation.json",
+    "left_out.json",
+)
+"""What the page is made from, with the folders below."""
+FOLDERS = ("selectors", "global", "policy")
+"""Each appears whole, when its stage is done."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,7 @@ class RunView:
     num_completions: int = 0
     """Prompts that the policy has written completions for."""
     folders: frozenset[str] = frozenset()
-    """Which of ``selectors``, ``global``, ``policy`` are there, which means that their stage is done."""
+    """Which of ``FOLDERS`` are there."""
 
     @property
     def selectors(self) -> Mapping[str, Any]:
@@ -105,7 +121,7 @@ def read_run(run_dir: Path) -> RunView:
         labels=run.read_json("labels.json"),
         data=run.read_json("left_out.json") or {},
         num_completions=len(run.read_lines("completions.jsonl")),
-        folders=frozenset(name for name in ("selectors", "global", "policy") if (run_dir / name).is_dir()),
+        folders=frozenset(name for name in FOLDERS if (run_dir / name).is_dir()),
     )
 
 

@@ -28,7 +28,7 @@ from fedbiscuit.rundir.disk import (
     write_all,
 )
 from fedbiscuit.rundir.folders import TEMPORARY, remove_folder, rename_folder, tidy
-from fedbiscuit.rundir.lock import FolderLock
+from fedbiscuit.rundir.lock import FolderLock, is_held
 from fedbiscuit.rundir.states import read_state, states_in, write_state
 from fedbiscuit.rundir.tensors import Expected
 from fedbiscuit.rundir.values import dump_json, first_difference, leaves_of, load_json, plain
@@ -123,6 +123,10 @@ class RunDir:
         if not _used(Path(path)):
             raise ConfigError(f"{path}: there is no run here; check the name, or start one with `fedbiscuit run`")
         return cls(Path(path), None)
+
+    def in_use(self) -> bool:
+        """Whether a process has this folder open to write, this one included."""
+        return is_held(self.path / LOCK)
 
     def close(self) -> None:
         """Let the folder go; twice is no harm."""
@@ -263,6 +267,10 @@ class RunDir:
             )
         return None
 
+    def saved_step(self, stage: str) -> int:
+        """The step of the newest saved state of a stage, 0 where there is none. Only looks at names: it may be broken."""
+        return next((step for step, _ in states_in(self._inside(f"state/{_checked(stage)}"))), 0)
+
     # Adapters
 
     def save_adapter(
@@ -321,7 +329,11 @@ class RunDir:
         """The lines that end with a newline, without it."""
         *lines, torn = bytes(read_regular(path)).split(b"\n") if path.exists() else [b""]
         if torn:
-            self._say(f"{path}: its last line was cut off by a kill and is left out", logging.WARNING)
+            being_written = self._lock is None and self.in_use()
+            why = "is being written" if being_written else "was cut off by a kill"
+            self._say(
+                f"{path}: its last line {why} and is left out", logging.INFO if being_written else logging.WARNING
+            )
         return lines
 
     def _without_torn_line(self, path: Path, descriptor: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from fedbiscuit.rundir.disk import disk_fault, write_all
 from fedbiscuit.types import ConfigError, EnvironmentFault
 
-__all__ = ["FolderLock"]
+__all__ = ["FolderLock", "is_held"]
 
 
 class FolderLock:
@@ -70,6 +70,35 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process has this lock, from what the file says: trying would be in the way of a run that begins.
+
+    A process on another machine cannot be asked and counts as one that goes on.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        holder = _holder(descriptor)
+    finally:
+        os.close(descriptor)
+    pid = holder.get("pid")
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    if holder.get("host") != socket.gethostname():
+        return True
+    if holder.get("boot") != _boot_id():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _boot_id() -> str:
