@@ -63,7 +63,7 @@ def test_a_page_is_written_again_while_a_run_of_another_process_goes_on_and_is_w
     told, errors = watcher.communicate(timeout=PATIENCE)
     assert watcher.returncode == 0, errors
     assert "warning" not in errors
-    assert len(seen) >= 3, seen  # the page moved on with the run
+    assert len(seen) >= 2, seen  # the page moved on with the run
     assert seen == sorted(seen)
     assert told.splitlines()[-1] == f"{page}: the run has ended, and this page shows all of it"
     last = page.read_bytes()
