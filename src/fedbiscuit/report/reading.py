@@ -36,6 +36,8 @@ class RunView:
     """``left_out.json``."""
     num_completions: int = 0
     """Prompts that the policy has written completions for."""
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By name, the evaluations of their own (``evaluations/NAME.json``)."""
     folders: frozenset[str] = frozenset()
     """Which of ``selectors``, ``global``, ``policy`` are there, which means that their stage is done."""
 
@@ -105,6 +107,10 @@ def read_run(run_dir: Path) -> RunView:
         labels=run.read_json("labels.json"),
         data=run.read_json("left_out.json") or {},
         num_completions=len(run.read_lines("completions.jsonl")),
+        tasks={
+            path.stem: run.read_json(f"evaluations/{path.name}") or {}
+            for path in sorted((run_dir / "evaluations").glob("*.json"))
+        },
         folders=frozenset(name for name in ("selectors", "global", "policy") if (run_dir / name).is_dir()),
     )
 
