@@ -95,7 +95,9 @@ def session_of(run: Path):
 def test_summaries_are_scored_as_rouge_score_does_and_judged_against_the_people_s(finished, tmp_path, capsys):
     scorers = pytest.importorskip("rouge_score.rouge_scorer")
     trained = lines(finished / "preferences.jsonl")[0]["prompt"]
-    posts = [{"post": f"The post {i}. It has a cat. It has a dog.", "summary": f"cat {i}", "title": "t"} for i in range(5)]
+    posts = [
+        {"post": f"The post {i}. It has a cat. It has a dog.", "summary": f"cat {i}", "title": "t"} for i in range(5)
+    ]
     file = write_lines(tmp_path / "posts.jsonl", [{"post": trained, "summary": "seen"}, *posts])
     found = evaluate(finished, "summarization", f"evaluation.references={file}", "--checkpoint", "2")
     assert found["posts"] == 5
@@ -132,6 +134,70 @@ def test_summarization_without_references_says_what_to_name(finished, capsys):
     pytest.importorskip("rouge_score")
     assert main(["evaluate", str(finished), "--task", "summarization", "evaluation.references="]) == 2
     assert "error: evaluation.references: empty" in capsys.readouterr().err
+
+
+def tldr_files(folder: Path) -> Path:
+    """Comparisons of four workers and filtered posts, as OpenAI's files have them."""
+    folder.mkdir()
+    rows = []
+    for i in range(60):
+        split = "train" if i < 40 else "valid2"
+        info = {"post": f"Post {i}.", "title": "A title", "subreddit": "pets", "id": f"t3_{i}"}
+        summaries = [{"text": f"{i}x"}, {"text": f"{i}y"}]
+        rows.append(
+            {
+                "info": info,
+                "summaries": summaries,
+                "choice": i % 2,
+                "worker": f"w{i % 4}",
+                "split": split,
+                "batch": "batch3",
+            }
+        )
+    write_lines(folder / "batch3.json", rows)
+    posts = [
+        {"id": f"t3_f{i}", "subreddit": "pets", "title": f"Title {i}", "post": f"Fresh {i}.", "summary": f"s {i}"}
+        for i in range(50)
+    ]
+    write_lines(folder / "test.jsonl", posts)
+    return folder
+
+
+def test_with_tl_dr_the_references_are_those_of_the_posts_that_were_held_out(tmp_path, tiny_model):
+    pytest.importorskip("rouge_score")
+    changes = [
+        "data.source=tldr",
+        f"data.path=[{tldr_files(tmp_path / 'tldr')}]",
+        "data.template=tldr",
+        "data.max_tokens=500",
+    ]
+    run = pipeline.run_all(config(tmp_path, tiny_model, "tldr", *changes))
+    found = evaluate(run, "summarization")
+    assert found["references"] == [str(tmp_path / "tldr" / "test.jsonl")]
+    with session_of(run) as session:
+        held_out = session.held_out_prompts[:6]
+        trained = set(session.prompts)
+    answers = lines(run / "evaluations" / "summarization_answers.jsonl")
+    assert {row["prompt"] for row in answers} == set(held_out)
+    assert not {row["prompt"] for row in answers} & trained
+    assert all(row["reference"] == row["prompt"].replace("Fresh", "s").rstrip(".") for row in answers)
+    assert sum(found["policies"][1]["judges"][0][key] for key in ("wins", "ties", "losses")) == found["posts"]
+
+
+def test_a_run_with_the_selectors_of_another_one_is_evaluated_by_them(finished, tmp_path, tiny_model, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"Ask {i}?\n" for i in range(20)))
+    changes = ["data.path=[]", f"data.prompts={prompts}", f"labels.selectors={finished}", "selectors.num_adapters=1"]
+    run = pipeline.align(config(tmp_path, tiny_model, "borrowed", *changes))
+    rows = [row for row in lines(finished.parents[1] / "world.jsonl") if row["split"] == "test"]
+    pairs = f"evaluation.pairs={write_lines(tmp_path / 'test.jsonl', rows)}"
+    assert evaluate(run, "agreement", pairs)["rows"] == evaluate(finished, "agreement", pairs)["rows"]
+    found = evaluate(run, "perplexity")
+    assert (found["people"], found["policies"][1]["people_under_policy"]) == (0, None)
+    assert "the selectors of one, which labeled" in found["policies"][1]["judges"][0]["name"]
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--task", "agreement", pairs, "--checkpoints"]) == 2
+    assert "ask for checkpoints of that run" in capsys.readouterr().err
 
 
 # Best of n
@@ -203,7 +269,14 @@ def test_agreement_with_held_out_comparisons_is_that_of_the_general_evaluation(f
 
 def test_reward_bench_s_records_are_read_and_counted_by_subset(finished, tmp_path):
     rows = [
-        {"prompt": f"p {i}", "chosen": "5x", "rejected": "a longer 5y", "subset": f"s{i % 2}", "id": i, "chosen_model": "m"}
+        {
+            "prompt": f"p {i}",
+            "chosen": "5x",
+            "rejected": "a longer 5y",
+            "subset": f"s{i % 2}",
+            "id": i,
+            "chosen_model": "m",
+        }
         for i in range(6)
     ]
     found = evaluate(finished, "agreement", f"evaluation.pairs={write_lines(tmp_path / 'bench.jsonl', rows)}")
@@ -271,7 +344,9 @@ def test_perplexities_and_distance_are_what_the_model_says_token_by_token(finish
                 log_probs = torch.log_softmax(plain(whole).logits[0].float(), -1)
                 for place, token in enumerate(one["token_ids"], len(ids) - 1):
                     nats, tokens = nats - float(log_probs[place, token]), tokens + 1
-    assert aligned["answers_under_raw"]["perplexity"] == pytest.approx(float(torch.tensor(nats / tokens).exp()), rel=1e-3)
+    assert aligned["answers_under_raw"]["perplexity"] == pytest.approx(
+        float(torch.tensor(nats / tokens).exp()), rel=1e-3
+    )
     general = json.loads((finished / "evaluation.json").read_text())["policy"]
     assert aligned["judges"][0] == general["judges"][0]
     assert aligned["words"] == general["length"]["aligned"]
