@@ -11,6 +11,7 @@ from typing import Any
 
 from fedbiscuit.config import Config, load_config
 from fedbiscuit.report.style import GROUPS
+from fedbiscuit.report.tasks import TABLES
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.types import ClientId, Grouping
 
@@ -107,10 +108,7 @@ def read_run(run_dir: Path) -> RunView:
         labels=run.read_json("labels.json"),
         data=run.read_json("left_out.json") or {},
         num_completions=len(run.read_lines("completions.jsonl")),
-        tasks={
-            path.stem: run.read_json(f"evaluations/{path.name}") or {}
-            for path in sorted((run_dir / "evaluations").glob("*.json"))
-        },
+        tasks={name: found for name in TABLES if (found := run.read_json(f"evaluations/{name}.json"))},
         folders=frozenset(name for name in ("selectors", "global", "policy") if (run_dir / name).is_dir()),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedbiscuit.report.markup import count, interval, number, percent
 
-__all__ = ["notes_of", "tables_of"]
+__all__ = ["TABLES", "notes_of", "tables_of"]
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Title, header, rows. A column whose name begins with ``<`` is text."""
