@@ -347,8 +347,16 @@ def test_perplexities_and_distance_are_what_the_model_says_token_by_token(finish
     assert aligned["answers_under_raw"]["perplexity"] == pytest.approx(
         float(torch.tensor(nats / tokens).exp()), rel=1e-3
     )
+    assert main(["evaluate", str(finished), "--checkpoints"]) == 0
     general = json.loads((finished / "evaluation.json").read_text())["policy"]
     assert aligned["judges"][0] == general["judges"][0]
+    along = general["checkpoints"][0]
+    assert along == {
+        "step": 2,
+        "words": middle["words"],
+        "kl": pytest.approx(middle["kl"], abs=1e-5),
+        **middle["judges"][0],
+    }
     assert aligned["words"] == general["length"]["aligned"]
 
 
