@@ -20,7 +20,7 @@ STYLES = ((0, (5, 1.5)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
 
 def signs_of_hacking(run: RunView) -> Drawing | None:
-    """Win rates by the distance from the raw policy; perplexities and length by step. From three policies on."""
+    """Win rates by step, and below them distance, perplexities and length. From three policies on."""
     found = run.tasks.get("perplexity") or {}
     rows = found.get("policies") or []
     if len(rows) < 3:
@@ -28,52 +28,53 @@ def signs_of_hacking(run: RunView) -> Drawing | None:
     last = rows[-1]
     said = "; ".join(f"{percent(judge['win_rate'], 0)} by {judge['name']}" for judge in last["judges"])
     label = f"Line charts from the raw policy to {last['name']}, {last['kl']:.1f} nats away: {said or 'no judges'}."
-    shown = [row for row in rows if row["judges"]]
-    height = 470 + 22 * len(_judges(shown)) if shown else 400
-    svg = draw("signs", label, height, lambda figure: _signs(figure, rows, shown, str(found.get("unit", "step"))))
+    unit = str(found.get("unit", "step"))
+    names = list(dict.fromkeys(str(judge["name"]) for row in rows for judge in row["judges"]))
+    height = 480 + (150 + 22 * len(names)) * bool(names)
+    svg = draw("signs", label, height, lambda figure: _signs(figure, rows, names, unit))
     caption = (
-        "Above: win rate against the raw policy by the distance from it; thick: who labeled, dashed: the other judges. A gap "
-        "that opens means that the policy exploits the selectors. Below: perplexity of its answers under the raw policy "
-        "(thick) and of people's preferred answers under it (dashed), and the length of its answers."
+        "Win rates against the raw policy: solid is who labeled, dashed are the other judges. A gap that opens means that the "
+        "policy exploits the selectors. Below: how far it has moved, how odd its answers are to the raw policy, how odd "
+        "people’s preferred answers are to it, and how long its answers are."
     )
     return Drawing("signs", "Signs of reward hacking", svg, caption)
 
 
-def _judges(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(str(judge["name"]) for row in rows for judge in row["judges"]))
-
-
-def _signs(figure: Figure, rows: Sequence[Mapping[str, Any]], shown: Sequence[Mapping[str, Any]], unit: str) -> None:
-    panels = list(figure.subplots(3 if shown else 2, 1))
-    if shown:
-        _wins(figure, panels.pop(0), shown)
-    perplexity, length = panels
+def _signs(figure: Figure, rows: Sequence[Mapping[str, Any]], names: Sequence[str], unit: str) -> None:
     steps = [row["step"] for row in rows]
-    perplexity.plot(steps, [row["answers_under_raw"]["perplexity"] for row in rows], color=colour("main"), marker="o")
+    lines = {
+        "nats from the raw policy, an answer": [row["kl"] for row in rows],
+        "perplexity of its answers under the raw policy": [row["answers_under_raw"]["perplexity"] for row in rows],
+    }
     if all(row["people_under_policy"] for row in rows):
         values = [row["people_under_policy"]["perplexity"] for row in rows]
-        perplexity.plot(steps, values, color=colour("ink"), marker="s", linestyle=STYLES[0])
-    perplexity.set_title("perplexity", color=colour("muted"), fontsize=12.5)
-    length.plot(steps, [row["words"] for row in rows], color=colour("main"), marker="o")
-    length.set_title("words an answer", color=colour("muted"), fontsize=12.5)
-    length.set_xlabel(unit)
-    for axes in (perplexity, length):
-        whole_numbers(axes.xaxis)
-        axes.locator_params(axis="y", nbins=4)
+        lines["perplexity of people’s answers under it"] = values
+    lines["words an answer"] = [row["words"] for row in rows]
+    heights = [*([1.6] if names else []), *[1.0] * len(lines)]
+    panels = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
+    panels[-1].set_xlabel(unit)
+    whole_numbers(panels[-1].xaxis)
+    if names:
+        _wins(figure, panels.pop(0), rows, names)
+    for axes, (title, values) in zip(panels, lines.items(), strict=True):
+        axes.plot(steps, values, color=colour("main"), marker="o")
+        axes.set_title(title, color=colour("muted"), fontsize=12.5)
+        axes.locator_params(axis="y", nbins=3)
+        axes.margins(y=0.2)
 
 
-def _wins(figure: Figure, axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    by_distance = sorted(rows, key=lambda row: row["kl"])
+def _wins(figure: Figure, axes: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """A line for each judge, from a draw of the raw policy with itself."""
     styles = itertools.cycle(STYLES)
-    for name in _judges(rows):
-        points = [(row["kl"], judge) for row in by_distance for judge in row["judges"] if judge["name"] == name]
-        labeled = name == rows[0]["judges"][0]["name"] and not points[0][1]["independent"]
+    for name in names:
+        judged = [(row["step"], judge) for row in rows for judge in row["judges"] if judge["name"] == name]
+        labeled = name == names[0] and not judged[0][1]["independent"]
         axes.plot(
-            [0, *(kl for kl, _ in points)], [0.5, *(judge["win_rate"] for _, judge in points)], marker="o",
+            [rows[0]["step"], *(step for step, _ in judged)], [0.5, *(judge["win_rate"] for _, judge in judged)], marker="o",
             color=colour("main" if labeled else "ink"), linestyle="-" if labeled else next(styles),
             label=shortened(visible(name), 60),
         )  # fmt: skip
     axes.axhline(0.5, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
     percents(axes.yaxis)
-    axes.set_title("win rate, by nats from the raw policy", color=colour("muted"), fontsize=12.5)
+    axes.set_title("win rate", color=colour("muted"), fontsize=12.5)
     figure.legend(loc="outside upper left")
