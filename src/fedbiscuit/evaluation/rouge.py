@@ -43,14 +43,14 @@ def lead(text: str, count: int = 3) -> str:
 def rouge(
     scorer: Scorer, summaries: Sequence[str], references: Sequence[str], key: tuple[object, ...], resamples: int = 1000
 ) -> dict[str, dict[str, Any]]:
-    """By kind: mean F1 (``f``) over summaries with its 95% interval over them, mean precision and recall; 0 to 1."""
+    """By kind: mean F1 (``f``) over summaries with its 95% interval over them (the same draws for all), mean precision and recall; 0 to 1."""
     scores = [scorer(reference, summary) for summary, reference in zip(summaries, references, strict=True)]
     result = {}
     for kind in KINDS:
         values = [float(one[kind].fmeasure) for one in scores]
         result[kind] = {
             "f": sum(values) / len(values),
-            "interval": bootstrap_interval(values, (*key, kind), resamples),
+            "interval": bootstrap_interval(values, key, resamples),
             "precision": sum(float(one[kind].precision) for one in scores) / len(scores),
             "recall": sum(float(one[kind].recall) for one in scores) / len(scores),
         }

@@ -40,7 +40,7 @@ def summarization(session: Session, asked: Asked) -> dict[str, Any]:
             {
                 "name": policy.name,
                 "step": policy.step,
-                "rouge": rouge(scorer, texts, written, (*key, policy.name), resamples),
+                "rouge": rouge(scorer, texts, written, key, resamples),
                 "judges": verdicts(session, judges, posts, texts, written),
                 "words": mean_words(texts),
                 "unfinished": sum(not one["finished"] for one in mine) / len(mine),
@@ -52,7 +52,7 @@ def summarization(session: Session, asked: Asked) -> dict[str, Any]:
         {
             "name": name,
             "step": None,
-            "rouge": rouge(scorer, first, written, (*key, name), resamples),
+            "rouge": rouge(scorer, first, written, key, resamples),
             "judges": verdicts(session, judges, posts, first, written),
             "words": mean_words(first),
         }
