@@ -43,7 +43,10 @@ def lead(text: str, count: int = 3) -> str:
 def rouge(
     scorer: Scorer, summaries: Sequence[str], references: Sequence[str], key: tuple[object, ...], resamples: int = 1000
 ) -> dict[str, dict[str, Any]]:
-    """By kind: mean F1 (``f``) over summaries with its 95% interval over them (the same draws for all), mean precision and recall; 0 to 1."""
+    """By kind: mean F1 (``f``) over summaries with its 95% interval over them, mean precision and recall; 0 to 1.
+
+    All kinds, and all calls with the same key, draw the same summaries.
+    """
     scores = [scorer(reference, summary) for summary, reference in zip(summaries, references, strict=True)]
     result = {}
     for kind in KINDS:

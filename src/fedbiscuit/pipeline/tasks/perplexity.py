@@ -52,12 +52,10 @@ def signs_of_hacking(session: Session, asked: Asked) -> dict[str, Any]:
         row: dict[str, Any] = {
             "name": policy.name,
             "step": policy.step,
-            "answers_under_raw": perplexity(under_raw, lengths, (*key, policy.name, "answers"), resamples),
+            "answers_under_raw": perplexity(under_raw, lengths, (*key, "answers"), resamples),
             "people_under_policy": None,
             "kl": sum(nats) / len(nats),
-            "kl_interval": bootstrap_interval(nats, (*key, policy.name, "kl"), resamples)
-            if len(nats) >= FEWEST
-            else None,
+            "kl_interval": bootstrap_interval(nats, (*key, "kl"), resamples) if len(nats) >= FEWEST else None,
             "words": mean_words(texts),
             "tokens": sum(lengths) / len(lengths),
             "unfinished": sum(not one["finished"] for one in written) / len(written),
@@ -65,7 +63,7 @@ def signs_of_hacking(session: Session, asked: Asked) -> dict[str, Any]:
         if people:
             sizes = [len(tokens) for _, tokens in people]
             under = _log_probs(session, people, policy)
-            row["people_under_policy"] = perplexity(under, sizes, (*key, policy.name, "people"), resamples)
+            row["people_under_policy"] = perplexity(under, sizes, (*key, "people"), resamples)
         if policy is RAW:
             raw_texts = texts
         row["judges"] = [] if policy is RAW else verdicts(session, judges, prompts, texts, raw_texts)
