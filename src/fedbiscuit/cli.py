@@ -158,15 +158,41 @@ def evaluate(
     checkpoints: Annotated[
         bool, Parameter(negative="", show_default=False, help="also every checkpoint that keep_every has kept")
     ] = False,
+    task: Annotated[
+        str,
+        Parameter(
+            show_default=False,
+            help="an evaluation of its own: summarization, best-of-n, agreement, alpaca-eval or perplexity",
+        ),
+    ] = "",
+    checkpoint: Annotated[
+        int | None, Parameter(show_default=False, help="with --task: what was kept after this step or round, alone")
+    ] = None,
 ) -> None:
     """Measure selectors and policy on people's choices and prompts that they were not trained on.
 
-    Example: fedbiscuit evaluate runs/demo
+    Examples: fedbiscuit evaluate runs/demo
+              fedbiscuit evaluate runs/demo --task best-of-n evaluation.best_of=8
+              fedbiscuit evaluate runs/demo --task perplexity --checkpoints
     """
+    if checkpoint is not None and not task:
+        raise ConfigError(
+            "--checkpoint: only with --task NAME; without a task, --checkpoints measures all that were kept"
+        )
     cfg, _ = _settings(config, overrides, selector)
     from fedbiscuit import pipeline
     from fedbiscuit.terminal import ProgressLines, print_evaluation
 
+    if task:
+        from fedbiscuit.report import task_tables
+        from fedbiscuit.terminal import print_task
+
+        with ProgressLines() as progress:
+            run_dir = pipeline.evaluate_task(cfg, task, progress, checkpoints, checkpoint)
+        print_task(*task_tables(run_dir, task))
+        print()
+        _say_next(run_dir, "report", f"evaluations/{task}.json")
+        return
     with ProgressLines() as progress:
         run_dir = pipeline.evaluate(cfg, progress=progress, checkpoints=checkpoints)
     print_evaluation(_evaluation(run_dir))

@@ -374,6 +374,19 @@ class EvaluationSettings(Section):
     compare_global: bool = Field(
         False, description="also train one global selector with the same budget of rounds, as the baseline in the table"
     )
+    references: str = Field(
+        "",
+        description="task summarization: file of posts with summaries that people wrote (.jsonl with `post` and `summary`, or "
+        "`prompt` and `reference`); empty: those of the source tldr",
+    )
+    best_of: Annotated[int, Field(ge=2, le=1024)] = Field(16, description="task best-of-n: answers a prompt")
+    pairs: Paths = Field(
+        (), description="task agreement: files of labelled pairs, as comparisons (.jsonl) or as RewardBench has them"
+    )
+    instructions: str = Field(
+        "",
+        description="task alpaca-eval: instructions (.json or .jsonl with `instruction` or `prompt`, or .txt, one a line)",
+    )
 
 
 class Config(Section):

@@ -6,6 +6,7 @@ On a terminal by rich; without one plain lines, and never a colour where ``NO_CO
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["ProgressLines", "clean", "print_comparison", "print_error", "print_evaluation", "print_next"]
+__all__ = ["ProgressLines", "clean", "print_comparison", "print_error", "print_evaluation", "print_next", "print_task"]
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -137,6 +138,15 @@ def print_comparison(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequenc
             title = heading
         print()
         _print_table(header, rows, width=1000)
+
+
+def print_task(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]], notes: Sequence[str]) -> None:
+    """The tables of one evaluation of its own, and what to know about it."""
+    for title, header, rows in tables:
+        print(f"\n{clean(title)}")
+        _print_table(header, rows, width=160)
+    for note in notes:
+        print(textwrap.fill(clean(note), 110, initial_indent="  ", subsequent_indent="  "))
 
 
 def print_next(report: str, next_commands: Sequence[tuple[str, str]]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedbiscuit.types import ClientId, Comparison, rng_for
 
-__all__ = ["Judged", "bootstrap_interval", "calibration", "longer_answer", "summarize"]
+__all__ = ["FEWEST", "Judged", "bootstrap_interval", "calibration", "longer_answer", "summarize"]
 
 NUM_BINS = 10
 FEWEST = 5

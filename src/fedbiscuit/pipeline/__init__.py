@@ -17,9 +17,20 @@ from fedbiscuit.pipeline.labels import check_labeling, write_and_label
 from fedbiscuit.pipeline.rounds import train_all
 from fedbiscuit.pipeline.session import Progress, Session, open_run, open_session, silent
 from fedbiscuit.pipeline.sharing import export_run, push
+from fedbiscuit.pipeline.tasks import Asked, check_task, do_task
 from fedbiscuit.types import ConfigError
 
-__all__ = ["Progress", "align", "evaluate", "export_run", "label", "push", "run_all", "train_selectors"]
+__all__ = [
+    "Progress",
+    "align",
+    "evaluate",
+    "evaluate_task",
+    "export_run",
+    "label",
+    "push",
+    "run_all",
+    "train_selectors",
+]
 
 
 def run_all(cfg: Config, resume: bool = False, progress: Progress = silent, devices: int = 1) -> Path:
@@ -81,4 +92,18 @@ def evaluate(cfg: Config, progress: Progress = silent, checkpoints: bool = False
     """
     with open_run(cfg, progress) as session:
         evaluate_run(session, checkpoints)
+        return session.run.path
+
+
+def evaluate_task(
+    cfg: Config, task: str, progress: Progress = silent, checkpoints: bool = False, checkpoint: int | None = None
+) -> Path:
+    """One evaluation of its own (``pipeline/tasks``); leaves ``evaluations/TASK.json``.
+
+    Of the last policy or selectors; with ``checkpoints`` of all that were kept too, with ``checkpoint`` of that one alone.
+    """
+    asked = Asked(checkpoints, checkpoint)
+    check_task(task, asked)
+    with open_run(cfg, progress) as session:
+        do_task(session, task, asked)
         return session.run.path

@@ -13,9 +13,8 @@ from fedbiscuit.data.partition import named_groups
 from fedbiscuit.evaluation.metrics import Judged, calibration, longer_answer, summarize
 from fedbiscuit.evaluation.selectors import fit_temperature, judge_by_group, judge_by_vote, score_clients
 from fedbiscuit.federated.grouping import adjusted_rand_index, choose_seat
-from fedbiscuit.models.policy import log_ratios
+from fedbiscuit.pipeline.answers import answers_of, kept, mean_words, moved, unit_of
 from fedbiscuit.pipeline.judges import check_judges, judges_of, verdicts
-from fedbiscuit.pipeline.labels import write, write_raw
 from fedbiscuit.pipeline.session import Session, resolved
 from fedbiscuit.types import ClientId, ConfigError, DataError, Grouping, Task, Weights
 
@@ -40,16 +39,6 @@ def evaluate_run(session: Session, checkpoints: bool = False) -> None:
     session.tracking.forward("evaluation", result)
     seconds = time.monotonic() - started
     session.run.append_lines("timings.jsonl", [{"stage": "evaluation", "step": 1, "seconds": seconds}])
-
-
-def _kept(session: Session, kind: str, content: str) -> list[tuple[int, str]]:
-    """(number, folder) of the checkpoints of a kind, ``round`` or ``step``, that hold ``content``, in order."""
-    parent = session.run.path / "checkpoints"
-    return [
-        (int(path.name.removeprefix(f"{kind}-")), f"checkpoints/{path.name}")
-        for path in sorted(parent.glob(f"{kind}-*"))
-        if (path / content).exists()
-    ]
 
 
 def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
@@ -100,7 +89,7 @@ def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
     rows.append({"name": "chance", "accuracy": 0.5, "accuracy_comparisons": 0.5, "worst_decile": 0.5})
     truth = _true_groups(session)
     along = []
-    for round, folder in _kept(session, "round", "groups.json") if checkpoints else []:
+    for round, folder in kept(session, "round", "groups.json") if checkpoints else []:
         at = _grouping(session, folder)
         if not at.keys() >= test.keys():  # kept within the warm-up, before there were groups
             continue
@@ -190,15 +179,14 @@ def _evaluate_policy(session: Session, checkpoints: bool) -> dict[str, Any] | No
     raw, _ = _answers(session, prompts, None)
     aligned, kl = _answers(session, prompts, "policy")
     along = []
-    unit = "step" if session.cfg.selectors.local.objective == "choice" else "round"
-    for step, folder in _kept(session, unit, "policy") if checkpoints else []:
-        answers, moved = _answers(session, prompts, f"{folder}/policy")
+    for step, folder in kept(session, unit_of(session), "policy") if checkpoints else []:
+        answers, nats = _answers(session, prompts, f"{folder}/policy")
         for verdict in verdicts(session, judges, prompts, answers, raw):
-            along.append({"step": step, "words": _mean_words(answers), "kl": moved, **verdict})
+            along.append({"step": step, "words": mean_words(answers), "kl": nats, **verdict})
     return {
         "judges": verdicts(session, judges, prompts, aligned, raw),
         "checkpoints": along,
-        "length": {"raw": _mean_words(raw), "aligned": _mean_words(aligned)},
+        "length": {"raw": mean_words(raw), "aligned": mean_words(aligned)},
         "kl": kl,
         "examples": [
             {"prompt": p, "raw": r, "aligned": a} for p, r, a in list(zip(prompts, raw, aligned, strict=True))[:8]
@@ -207,27 +195,7 @@ def _evaluate_policy(session: Session, checkpoints: bool) -> dict[str, Any] | No
 
 
 def _answers(session: Session, prompts: Sequence[str], folder: str | None) -> tuple[list[str], float]:
-    """An answer to each held-out prompt, by the policy in ``folder`` or by the raw one, with the same random numbers.
-
-    And the nats by which the policy finds its answers likelier than the raw one does, a mean over answers: their KL
-    divergence, were answers drawn at temperature 1 from all tokens.
-    """
-    cfg, lm = session.cfg, session.policy_lm
-    if folder is not None:
-        lm.put_adapter(session.run.load_adapter(folder, base=lm.digest))
-    writes, size = write_raw if folder is None else write, cfg.generation.batch_size
-    answers: list[str] = []
-    moved = 0.0
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        written = [row["completions"][0] for row in writes(session, lm, batch, 1, "held-out", cfg.evaluation.greedy)]
-        answers += [one["text"] for one in written]
-        if folder is not None:
-            ids = [lm.chat_prompt(prompt, cfg.generation.system, cfg.generation.chat) for prompt in batch]
-            moved += float(log_ratios(lm, ids, [one["token_ids"] for one in written]).sum())
-        session.progress(f"answers of {folder or 'the raw policy'}", start + len(batch), len(prompts), "")
-    return answers, moved / len(prompts)
-
-
-def _mean_words(texts: Sequence[str]) -> float:
-    return sum(len(text.split()) for text in texts) / len(texts)
+    """An answer to each held-out prompt, and how far the policy in ``folder`` has moved from the raw one, in nats."""
+    answers = [one[0] for one in answers_of(session, prompts, folder)]
+    nats = moved(session, prompts, answers) if folder is not None else [0.0]
+    return [one["text"] for one in answers], sum(nats) / len(nats)

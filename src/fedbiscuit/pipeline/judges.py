@@ -16,7 +16,7 @@ from fedbiscuit.pipeline.session import Session, silent
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.types import Comparison, ConfigError, Weights
 
-__all__ = ["Judge", "check_judges", "judges_of", "labeler", "labeling_selector", "verdicts"]
+__all__ = ["Judge", "check_judges", "judges_of", "labeler", "labeling_selector", "said", "verdicts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +68,19 @@ def verdicts(
     cfg, key = session.cfg, (session.cfg.seed, "win rate")
     rows = []
     for judge in judges:
-        said = _said(session, judge, prompts, first, second)
-        rows.append(win_rate(judge.name, said, key, cfg.evaluation.bootstrap) | {"independent": judge.independent})
+        probabilities = said(session, judge, prompts, first, second)
+        rows.append(
+            win_rate(judge.name, probabilities, key, cfg.evaluation.bootstrap) | {"independent": judge.independent}
+        )
     truth = session.dataset.truth
     if truth is not None:
-        said = [truth.majority_prefers(*one) for one in zip(prompts, first, second, strict=True)]
+        probabilities = [truth.majority_prefers(*one) for one in zip(prompts, first, second, strict=True)]
         name = "known truth of the majority"
-        rows.append(win_rate(name, said, key, cfg.evaluation.bootstrap) | {"independent": True})
+        rows.append(win_rate(name, probabilities, key, cfg.evaluation.bootstrap) | {"independent": True})
     return rows
 
 
-def _said(
+def said(
     session: Session, judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
 ) -> list[float]:
     """(n) probability that the first answer is better, by the vote in both orders; equal answers are a tie."""
@@ -88,12 +90,12 @@ def _said(
     ]
     fitting, left_out = judge.selector.encode(comparisons)
     margins = letter_margins(judge.selector, judge.adapters, fitting, session.cfg.evaluation.batch_size)
-    said = iter(vote(choice_probability(margins, judge.labels.temperature), judge.labels.vote).probability.tolist())
+    voted = iter(vote(choice_probability(margins, judge.labels.temperature), judge.labels.vote).probability.tolist())
     unread = {id(comparison) for comparison in left_out}
     if unread:
-        reason = "pairs of answers of raw and aligned policy that do not fit max_tokens, counted as ties"
+        reason = "pairs of answers to judge that do not fit max_tokens, counted as ties"
         session.left_out[reason] = session.left_out.get(reason, 0) + len(unread)
-    probabilities = [0.5 if id(comparison) in unread else next(said) for comparison in comparisons]
+    probabilities = [0.5 if id(comparison) in unread else next(voted) for comparison in comparisons]
     return [0.5 if a == b else p for p, a, b in zip(probabilities, first, second, strict=True)]
 
 

@@ -130,18 +130,18 @@ class Session:
     @cached_property
     def prompts(self) -> tuple[str, ...]:
         """What the policy answers to be trained on."""
-        return self._answerable(self.dataset.prompts)
+        return self.answerable(self.dataset.prompts)
 
     @cached_property
     def held_out_prompts(self) -> tuple[str, ...]:
         """What it answers to be evaluated on. A baseline that trains the policy on people's own prompts gets the others."""
-        prompts = self._answerable(self.dataset.held_out_prompts)
+        prompts = self.answerable(self.dataset.held_out_prompts)
         if self.cfg.selectors.local.objective == "choice":
             return prompts
         trained = {comparison.prompt for data in self.clients.values() for comparison in data.train}
         return tuple(prompt for prompt in prompts if prompt not in trained)
 
-    def _answerable(self, prompts: Sequence[str]) -> tuple[str, ...]:
+    def answerable(self, prompts: Sequence[str]) -> tuple[str, ...]:
         """Those that leave the policy room for an answer; the others are counted in ``left_out``."""
         lm, how = self.policy_lm, self.cfg.generation
         room = None if lm.context is None else lm.context - how.max_new_tokens

@@ -3,7 +3,8 @@
 ``reading.py`` takes from the folder what the page needs, ``words.py`` says it in sentences, ``plots.py`` and ``charts.py``
 draw it on the canvas of ``canvas.py``, ``page.py`` puts the page together from the pieces of ``markup.py``, and
 ``style.py`` has its colours; ``watching.py`` makes it again while a run goes on. Several folders become tables side by
-side: ``comparison.py`` reads them, ``sidebyside.py`` writes. matplotlib is imported when the first figure is drawn.
+side: ``comparison.py`` reads them, ``sidebyside.py`` writes. ``tasks.py`` has the tables of evaluations of their own.
+matplotlib is imported when the first figure is drawn.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["comparison_tables", "watch_report", "write_comparison", "write_report"]
+__all__ = ["comparison_tables", "task_tables", "watch_report", "write_comparison", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -46,6 +47,18 @@ def comparison_tables(run_dirs: Sequence[Path]) -> list[tuple[str, Sequence[str]
     from fedbiscuit.report.sidebyside import tables_of
 
     return [(section.title, *table) for section in read_sections(run_dirs) for table in tables_of(section)]
+
+
+def task_tables(run_dir: Path, task: str) -> tuple[list[tuple[str, Sequence[str], Sequence[Sequence[str]]]], list[str]]:
+    """The tables of ``evaluations/TASK.json`` (a title, a header and rows of texts each), and notes to them."""
+    from fedbiscuit.report.tasks import notes_of, tables_of
+    from fedbiscuit.rundir import RunDir
+
+    result = RunDir.view(run_dir).read_json(f"evaluations/{task}.json") or {}
+    tables: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
+        (title, [name.lstrip("<") for name in header], rows) for title, header, rows in tables_of(result)
+    ]
+    return tables, notes_of(result)
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> list[Path]:

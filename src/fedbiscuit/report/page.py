@@ -10,7 +10,9 @@ from fedbiscuit.report.charts import accuracy_by_client, alignment_by_step, cali
 from fedbiscuit.report.markup import Cell, count, duration, escaped, interval, number, percent, shortened, table
 from fedbiscuit.report.plots import accuracy_by_round, bytes_by_round, flips_by_round, groups_over_time
 from fedbiscuit.report.reading import RunView
+from fedbiscuit.report.signs import signs_of_hacking
 from fedbiscuit.report.style import stylesheet
+from fedbiscuit.report.tasks import notes_of, tables_of
 from fedbiscuit.report.words import kind_of_run, stage_now, summary, tiles
 
 __all__ = ["render"]
@@ -25,6 +27,7 @@ FIGURES: tuple[Callable[[RunView], Drawing | None], ...] = (
     flips_by_round,
     calibration_curve,
     win_rates,
+    signs_of_hacking,
     alignment_by_step,
     bytes_by_round,
 )
@@ -129,6 +132,16 @@ def _policy(run: RunView) -> str:
         + '<p class="note">On prompts that the policy was not trained on; each pair of answers judged in both orders, ties count '
         f"half, with 95% intervals.{words}</p>\n</section>"
     )
+
+
+def _tasks(run: RunView) -> str:
+    parts = []
+    for result in run.tasks.values():
+        for title, header, rows in tables_of(result):
+            cells = [tuple(map(Cell, row)) for row in rows]
+            parts.append(f"<h3>{escaped(title)}</h3>\n" + table(title, header, cells))
+        parts += [f'<p class="note">{escaped(note)}</p>\n' for note in notes_of(result)]
+    return f"<section>\n<h2>Further evaluations</h2>\n{''.join(parts)}</section>" if parts else ""
 
 
 def _figures(run: RunView) -> str:
@@ -262,6 +275,7 @@ SECTIONS: tuple[Callable[[RunView], str], ...] = (
     _head,
     _selectors,
     _policy,
+    _tasks,
     _figures,
     _examples,
     _left_out,

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedbiscuit.config import Config, load_config
 from fedbiscuit.report.style import GROUPS
+from fedbiscuit.report.tasks import TABLES
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.types import ClientId, Grouping
 
@@ -52,6 +53,8 @@ class RunView:
     """``left_out.json``."""
     num_completions: int = 0
     """Prompts that the policy has written completions for."""
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By name, the evaluations of their own (``evaluations/NAME.json``)."""
     folders: frozenset[str] = frozenset()
     """Which of ``FOLDERS`` are there."""
 
@@ -121,6 +124,7 @@ def read_run(run_dir: Path) -> RunView:
         labels=run.read_json("labels.json"),
         data=run.read_json("left_out.json") or {},
         num_completions=len(run.read_lines("completions.jsonl")),
+        tasks={name: found for name in TABLES if (found := run.read_json(f"evaluations/{name}.json"))},
         folders=frozenset(name for name in FOLDERS if (run_dir / name).is_dir()),
     )
 
