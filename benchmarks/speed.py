@@ -2,9 +2,9 @@
 
     python benchmarks/speed.py [PIECE ...] [--model REFERENCE] [--batch 8] [--repeats 3]
 
-Pieces: selector, scoring, labels, dpo, trl, generation, run, loop, start; all but ``run`` when none is named. Texts are random
-words with the lengths of TL;DR: posts of 150 to 400 tokens, summaries of 20 to 60. Two ways of one work are first checked to
-give the same numbers.
+Pieces: selector, reward, scoring, labels, dpo, trl, generation, run, loop, start; all but ``run`` when none is named. Texts are
+random words with the lengths of TL;DR: posts of 150 to 400 tokens, summaries of 20 to 60. Two ways of one work are first checked
+to give the same numbers, but for ``reward``, which computes something else.
 """
 
 from __future__ import annotations
@@ -80,6 +80,23 @@ def selector_step(bench: Bench) -> Iterator[Result]:
         f"selector step, both orders, {bench.batch} comparisons",
         bench.step(lambda: plain.selector_loss(bench.selector, encoded)),
         bench.step(lambda: selector_loss(bench.selector, encoded)),
+    )
+
+
+def reward(bench: Bench) -> Iterator[Result]:
+    """FedRM in the place of the plain way: the step of a reward model on the same comparisons, as fast as we can."""
+    lm = load_lm(ModelSettings(base=bench.options.model, lora=LoraSettings(dropout=0.0)), scores=True)
+    lm.put_adapter(plain.lively_adapter(lm, 0))
+    model = Selector.of(lm, load_template("pairwise"), (" A", " B"), 1024, kind="reward")
+    texts = bench.texts("selector")
+    (answers, _), (pairs, _) = model.encode(texts), bench.selector.encode(texts)
+    bench.lm.put_adapter(bench.adapters[0])
+    yield compare(
+        f"reward model (FedRM) against selector, step of {bench.batch} comparisons",
+        lambda: selector_loss(model, answers).backward(),  # type: ignore[no-untyped-call]
+        lambda: selector_loss(bench.selector, pairs).backward(),  # type: ignore[no-untyped-call]
+        bench.options.repeats,
+        equal=None,
     )
 
 
@@ -289,6 +306,7 @@ def start_up(options: argparse.Namespace) -> list[list[str]]:
 
 PIECES: dict[str, Callable[[Bench], Iterator[Result]]] = {
     "selector": selector_step,
+    "reward": reward,
     "scoring": scoring,
     "labels": labels,
     "dpo": dpo,

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("family", ["tiny_model", "tiny_gemma"])
 def test_every_piece_of_the_speed_benchmark_runs_on_a_tiny_model(family, request):
     model = request.getfixturevalue(family)
-    words = "selector scoring labels dpo trl generation --batch 2 --repeats 1 --prompts 2 --scale 0.1"
+    words = "selector reward scoring labels dpo trl generation --batch 2 --repeats 1 --prompts 2 --scale 0.1"
     found = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "speed.py", *words.split(), "--model", str(model)],
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
@@ -25,6 +25,7 @@ def test_every_piece_of_the_speed_benchmark_runs_on_a_tiny_model(family, request
     assert [row.split()[1] for row in rows] == [
         "work",
         "selector",
+        "reward",
         "scoring",
         "labelling",
         "DPO",
