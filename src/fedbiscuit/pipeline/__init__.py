@@ -13,12 +13,13 @@ from fedbiscuit.config import Config
 from fedbiscuit.pipeline.alignment import align_policy
 from fedbiscuit.pipeline.comparing import evaluate_run
 from fedbiscuit.pipeline.judges import check_judges
+from fedbiscuit.pipeline.judging import judge_run
 from fedbiscuit.pipeline.labels import check_labeling, write_and_label
 from fedbiscuit.pipeline.rounds import train_all
 from fedbiscuit.pipeline.session import Progress, Session, open_run, open_session, silent
 from fedbiscuit.types import ConfigError
 
-__all__ = ["Progress", "align", "evaluate", "label", "run_all", "train_selectors"]
+__all__ = ["Progress", "align", "evaluate", "judge", "label", "run_all", "train_selectors"]
 
 
 def run_all(cfg: Config, resume: bool = False, progress: Progress = silent) -> Path:
@@ -78,3 +79,9 @@ def evaluate(cfg: Config, progress: Progress = silent, checkpoints: bool = False
     with open_run(cfg, progress) as session:
         evaluate_run(session, checkpoints)
         return session.run.path
+
+
+def judge(cfg: Config, progress: Progress = silent) -> Path:
+    """A language model judges the aligned policy against the raw one; returns ``evaluations/judge-PROTOCOL.json``."""
+    with open_run(cfg, progress) as session:
+        return session.run.path / judge_run(session)

@@ -14,8 +14,8 @@ from fedbiscuit.evaluation.metrics import Judged, calibration, longer_answer, su
 from fedbiscuit.evaluation.selectors import fit_temperature, judge_by_group, judge_by_vote, score_clients
 from fedbiscuit.federated.grouping import adjusted_rand_index, choose_seat
 from fedbiscuit.models.policy import log_ratios
+from fedbiscuit.pipeline.answers import held_out_answers
 from fedbiscuit.pipeline.judges import check_judges, judges_of, verdicts
-from fedbiscuit.pipeline.labels import write, write_raw
 from fedbiscuit.pipeline.session import Session, resolved
 from fedbiscuit.types import ClientId, ConfigError, DataError, Grouping, Task, Weights
 
@@ -212,20 +212,15 @@ def _answers(session: Session, prompts: Sequence[str], folder: str | None) -> tu
     divergence, were answers drawn at temperature 1 from all tokens.
     """
     cfg, lm = session.cfg, session.policy_lm
+    written = held_out_answers(session, prompts, folder)
+    moved = 0.0
     if folder is not None:
         lm.put_adapter(session.run.load_adapter(folder, base=lm.digest))
-    writes, size = write_raw if folder is None else write, cfg.generation.batch_size
-    answers: list[str] = []
-    moved = 0.0
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        written = [row["completions"][0] for row in writes(session, lm, batch, 1, "held-out", cfg.evaluation.greedy)]
-        answers += [one["text"] for one in written]
-        if folder is not None:
-            ids = [lm.chat_prompt(prompt, cfg.generation.system, cfg.generation.chat) for prompt in batch]
-            moved += float(log_ratios(lm, ids, [one["token_ids"] for one in written]).sum())
-        session.progress(f"answers of {folder or 'the raw policy'}", start + len(batch), len(prompts), "")
-    return answers, moved / len(prompts)
+        for start in range(0, len(prompts), cfg.generation.batch_size):
+            batch = slice(start, start + cfg.generation.batch_size)
+            ids = [lm.chat_prompt(prompt, cfg.generation.system, cfg.generation.chat) for prompt in prompts[batch]]
+            moved += float(log_ratios(lm, ids, [one["token_ids"] for one in written[batch]]).sum())
+    return [one["text"] for one in written], moved / len(prompts)
 
 
 def _mean_words(texts: Sequence[str]) -> float:

@@ -219,7 +219,7 @@ def _check_settings(run: RunDir, cfg: Config) -> None:
     path = run.path / "config.yaml"
     if not path.exists():
         return
-    free = {"name", "runs_dir", "evaluation"}
+    free = {"name", "runs_dir", "evaluation", "judge"}
     if not (run.path / "completions.jsonl").exists():
         free |= {"generation", "labels"}
     if not (run.path / "state" / "policy").exists():
