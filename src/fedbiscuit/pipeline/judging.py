@@ -49,21 +49,21 @@ class Question:
     key: str
 
 
-def check_judge(settings: JudgeSettings) -> str:
-    """The wording, once nothing is missing that would be missed only after the answers were written."""
+def check_judge(settings: JudgeSettings) -> None:
+    """Stop where something is missing, before a model is loaded and before the settings are written down."""
     if not settings.model:
         raise ConfigError(
             "judge.model: empty; name who judges: --model MODEL loads it here, --endpoint URL --model NAME asks a server"
         )
     if settings.endpoint:
         key_of(settings)
-    return load_wording(PROTOCOLS[settings.protocol], settings.template)
+    load_wording(PROTOCOLS[settings.protocol], settings.template)
 
 
 def judge_run(session: Session) -> str:
     """Judge the run's answers to held-out prompts; returns the name of the file with the result."""
     settings, run = session.cfg.judge, session.run
-    wording = check_judge(settings)
+    wording = load_wording(PROTOCOLS[settings.protocol], settings.template)
     if not (run.path / "policy").is_dir():
         raise ConfigError(f"{run.path}: there is no aligned policy to judge; run `fedbiscuit align {run.path}` first")
     prompts = session.held_out_prompts[: session.cfg.evaluation.num_prompts]
