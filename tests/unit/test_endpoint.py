@@ -184,7 +184,7 @@ def test_nobody_at_the_address_is_said_at_once():
 def test_the_key_goes_to_no_other_host_and_into_no_message(chat_server):
     elsewhere = type(chat_server)()
     try:
-        chat_server.script = [(307, {"Location": f"{elsewhere.url}/chat/completions?k={KEY}"}, f"see {KEY}")]
+        chat_server.script = [(302, {"Location": f"{elsewhere.url}/chat/completions?k={KEY}"}, f"see {KEY}")]
         with pytest.raises(ConfigError, match="it has moved to") as caught:
             endpoint(chat_server).ask("x")
         assert KEY not in str(caught.value)

@@ -1,8 +1,8 @@
 """Language models as judges: what they are asked, how their replies are read, and what two orders make of them.
 
 A protocol is a wording and a reader. The wordings are our own; the shape of ``auto-j`` and ``auto-j-pairwise`` is that of
-Auto-J (Li et al. 2023, "Generative judge for evaluating alignment"): a critique without given criteria, then a rating from
-1 to 10 of one answer, or a decision between two with ties. Replies in Auto-J's own closing words are read too.
+Auto-J (Li et al., "Generative Judge for Evaluating Alignment", ICLR 2024): a critique without given criteria, then a
+rating from 1 to 10 of one answer, or a decision between two with ties. Replies in Auto-J's own closing words are read too.
 """
 
 from __future__ import annotations
