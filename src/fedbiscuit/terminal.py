@@ -167,6 +167,10 @@ def print_judgement(protocol: str, found: Mapping[str, Any]) -> None:
         refused = f"; questions that were refused: {unread['refused']}" if unread["refused"] else ""
         print(f"  {told}{refused}; so ties on {unread['prompts']} of {prompts} prompts. The first:")
         print(f"    {clean(' '.join((unread['first'] or '(nothing)').split()))[:300]}")
+    if found["inconsistent"]["count"] + unread["prompts"] > prompts / 2:
+        print(
+            "  This judge has decided on less than half of the prompts, so its win rate says little; use a stronger one"
+        )
 
 
 def print_comparison(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:

@@ -92,6 +92,7 @@ def test_a_local_model_judges_in_both_orders_and_nothing_is_lost(run, tiny_model
     assert found["unparsable"]["cut_off"] == sum(not row["finished"] for row in rows)
     assert found["win_rate"]["ties"] == NUM_PROMPTS
     assert f"Replies without a decision: {len(rows)} of {len(rows)}" in out.out
+    assert "decided on less than half of the prompts" in out.out
     assert f"{tiny_model.name}, protocol auto-j-pairwise, {NUM_PROMPTS} prompts" in out.out
     assert str(run / "evaluations/judge-auto-j-pairwise.json") in out.out
     assert str(tiny_model.parent) not in (run / "evaluations/judge-auto-j-pairwise.jsonl").read_text()
@@ -155,7 +156,9 @@ def test_a_judge_of_one_mind_gives_the_win_rate_that_can_be_counted_by_hand(run,
     assert row["win_rate"] == wins / NUM_PROMPTS
     assert result(run)["inconsistent"]["count"] == result(run)["unparsable"]["prompts"] == 0
     assert f"the policy's answers to them are sent to {chat_server.url}, on this machine" in caplog.text
-    assert f"{wins}-{NUM_PROMPTS - wins - losses}-{losses}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{wins}-{NUM_PROMPTS - wins - losses}-{losses}" in told
+    assert "decided on less than half" not in told
     assert {request["body"]["max_tokens"] for request in chat_server.requests} == {512}
 
 

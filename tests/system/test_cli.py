@@ -82,7 +82,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
 # help and version
 
 
-@pytest.mark.parametrize("name", ["run", "train", "label", "align", "evaluate", "judge", "report", "config", "data check"])
+@pytest.mark.parametrize(
+    "name", ["run", "train", "label", "align", "evaluate", "judge", "report", "config", "data check"]
+)
 def test_the_help_of_each_command_has_a_purpose_and_an_example(name, capsys):
     assert cli.main([*name.split(), "--help"]) == 0
     shown = capsys.readouterr().out
