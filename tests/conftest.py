@@ -100,7 +100,7 @@ class ChatServer:
     """A real HTTP server on 127.0.0.1 that speaks OpenAI's chat protocol, counts, and misbehaves when told to.
 
     reply: the text that answers a message. script: for the next requests instead: a status, a (status, headers, body) or a
-    number of seconds to be slow; None is an ordinary answer.
+    number of seconds to be slow; None is an ordinary answer. A list [seconds, one of these] is slow first.
     """
 
     def __init__(self) -> None:
@@ -134,6 +134,9 @@ class ChatServer:
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         try:
+            if isinstance(told, list):
+                time.sleep(told[0])
+                told = told[1]
             if isinstance(told, float):
                 time.sleep(told)
             status, headers, sent = (

@@ -217,7 +217,7 @@ def test_all_texts_are_answered_with_a_bounded_number_under_way(chat_server):
 
 
 def test_after_a_failure_nothing_new_is_started_and_what_is_under_way_is_handed_out(chat_server):
-    chat_server.script = [0.4, (401, {}, "{}"), 0.4]
+    chat_server.script = [2.0, [1.0, (401, {}, "{}")], 2.0]
     found = []
     with pytest.raises(ConfigError, match="401"):
         found.extend(ask_all(Endpoint(chat_server.url, "m"), ["x"] * 20, 3))
@@ -226,19 +226,21 @@ def test_after_a_failure_nothing_new_is_started_and_what_is_under_way_is_handed_
 
 
 def test_a_pause_between_tries_ends_when_another_request_fails_for_good(chat_server):
-    chat_server.script = [(503, {"Retry-After": "300"}, "{}"), 0.2, (401, {}, "{}")]
+    chat_server.script = [[1.0, (503, {"Retry-After": "300"}, "{}")], [2.0, (401, {}, "{}")]]
     started = time.monotonic()
     with pytest.raises(ConfigError, match="401"):
-        list(ask_all(Endpoint(chat_server.url, "m", connected=True), ["x"] * 9, 3))
-    assert time.monotonic() - started < 5.0
+        list(ask_all(Endpoint(chat_server.url, "m"), ["x"] * 2, 2))
+    assert time.monotonic() - started < 60.0
 
 
 def test_who_stops_reading_stops_the_asking(chat_server):
     replies = ask_all(Endpoint(chat_server.url, "m"), ["x"] * 50, 2)
     next(replies)
+    time.sleep(0.3)
+    assert len(chat_server.requests) <= 2  # nobody runs ahead of a reader who is slow
     replies.close()
     time.sleep(0.2)
-    assert len(chat_server.requests) < 10
+    assert len(chat_server.requests) <= 2
 
 
 def test_requests_keep_their_distance():

@@ -221,8 +221,9 @@ class Endpoint:
 def ask_all(endpoint: Endpoint, texts: Sequence[str], concurrency: int) -> Generator[tuple[int, Reply], None, None]:
     """(number of the text, reply) as replies come in, with at most ``concurrency`` requests under way.
 
-    When a request fails for good no further one is started; what is under way is still handed out, since it is paid for;
-    then its error is raised.
+    A request counts as under way until its reply has been dealt with, so no more than that can be lost by a kill. When one
+    fails for good no further one is started; what is under way is still handed out, since it is paid for; then its error is
+    raised.
     """
     todo: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Reply] | BaseException | None] = queue.SimpleQueue()
@@ -231,7 +232,7 @@ def ask_all(endpoint: Endpoint, texts: Sequence[str], concurrency: int) -> Gener
 
     def work() -> None:
         try:
-            while not endpoint.stop.is_set():
+            while room.acquire() and not endpoint.stop.is_set():
                 number, text = todo.get_nowait()
                 done.put((number, endpoint.ask(text)))
         except (queue.Empty, _Stopped):
@@ -243,6 +244,7 @@ def ask_all(endpoint: Endpoint, texts: Sequence[str], concurrency: int) -> Gener
             done.put(None)
 
     workers = min(concurrency, len(texts))
+    room = threading.Semaphore(workers)
     for _ in range(workers):
         threading.Thread(target=work, daemon=True).start()
     failure: BaseException | None = None
@@ -255,8 +257,10 @@ def ask_all(endpoint: Endpoint, texts: Sequence[str], concurrency: int) -> Gener
                 failure = failure if isinstance(failure, FedbiscuitError) else item
             else:
                 yield item
+                room.release()
     finally:
         endpoint.stop.set()
+        room.release(concurrency)
     if failure is not None:
         raise failure
 
