@@ -1,9 +1,14 @@
-"""A two-layer model and a byte tokenizer, made here: real transformers folders, small enough for milliseconds."""
+"""A two-layer model and a byte tokenizer, made here: real transformers folders, small enough for milliseconds. And a server."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -89,3 +94,77 @@ def load_tiny(tiny_model: Path, tiny_gemma: Path) -> Callable[..., object]:
         )
 
     return load
+
+
+class ChatServer:
+    """A real HTTP server on 127.0.0.1 that speaks OpenAI's chat protocol, counts, and misbehaves when told to.
+
+    reply: the text that answers a message. script: for the next requests instead: a status, a (status, headers, body) or a
+    number of seconds to be slow; None is an ordinary answer. A list [seconds, one of these] is slow first.
+    """
+
+    def __init__(self) -> None:
+        self.reply: Callable[[str], str] = lambda text: "[[A]]"
+        self.script: list[object] = []
+        self.requests: list[dict[str, object]] = []
+        self.times: list[float] = []
+        self.most_at_once = 0
+        self._at_once = 0
+        self._lock = threading.Lock()
+        chat = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                chat.answer(self)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        with self._lock:
+            self.requests.append({"path": handler.path, "headers": dict(handler.headers), "body": body})
+            self.times.append(time.monotonic())
+            told = self.script.pop(0) if self.script else None
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            if isinstance(told, list):
+                time.sleep(told[0])
+                told = told[1]
+            if isinstance(told, float):
+                time.sleep(told)
+            status, headers, sent = (
+                told if isinstance(told, tuple) else (told if isinstance(told, int) else 200, {}, None)
+            )
+            if sent is None and status == 200:
+                text = self.reply(body["messages"][0]["content"])
+                choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+                sent = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 2}})
+            sent = (sent if sent is not None else json.dumps({"error": {"message": f"no, {status}"}})).encode()
+        finally:
+            with self._lock:
+                self._at_once -= 1
+        with contextlib.suppress(OSError):  # who was slow may find nobody there
+            handler.send_response(status)
+            for name, value in {"Content-Length": str(len(sent)), **headers}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(sent)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def chat_server() -> Iterator[ChatServer]:
+    """A ``ChatServer``; its port is free again afterwards."""
+    server = ChatServer()
+    yield server
+    server.close()

@@ -201,6 +201,46 @@ def evaluate(
 
 
 @app.command(sort_key=6)
+def judge(
+    config: Source,
+    /,
+    *overrides: Overrides,
+    protocol: Annotated[
+        str,
+        Parameter(
+            show_default=False, help="auto-j (ratings, or with --pairwise the better one) or plain (A, B or tie)"
+        ),
+    ] = "",
+    pairwise: Annotated[
+        bool, Parameter(negative="", show_default=False, help="both answers side by side, in both orders")
+    ] = False,
+    model: Annotated[
+        str, Parameter(show_default=False, help="who judges: a model to load here, or the server's name for it")
+    ] = "",
+    endpoint: Annotated[
+        str,
+        Parameter(show_default=False, help="a server with OpenAI's chat protocol, such as http://127.0.0.1:8000/v1"),
+    ] = "",
+) -> None:
+    """Let a language model judge the aligned policy's answers against the raw one's (after align).
+
+    Replies are kept as they come in: the same command goes on where it stopped. More settings: judge.retries and others.
+
+    Examples: fedbiscuit judge runs/demo --protocol auto-j --pairwise --model models/my-judge
+              fedbiscuit judge runs/demo --protocol plain --endpoint http://127.0.0.1:8000/v1 --model NAME
+    """
+    cfg, _ = _settings(config, [*overrides, *_judge_overrides(protocol, pairwise, model, endpoint)])
+    from fedbiscuit import pipeline
+    from fedbiscuit.terminal import ProgressLines, print_judgement
+
+    with ProgressLines() as progress:
+        path = pipeline.judge(cfg, progress=progress)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    print_judgement(found["protocol"], found["judges"][-1])
+    print(f"\n{path} is ready; all replies: {path.with_suffix('.jsonl')}")
+
+
+@app.command(sort_key=6)
 def report(
     config: Source,
     /,
@@ -396,6 +436,15 @@ def _settings(source: Path, overrides: Sequence[str], selector: Path | None = No
     return cfg, True
 
 
+def _judge_overrides(protocol: str, pairwise: bool, model: str, endpoint: str) -> list[str]:
+    """The options of ``judge`` as settings. A model without an endpoint is loaded here, whatever a run used before."""
+    if pairwise and protocol in ("", "auto-j"):
+        protocol = "auto-j-pairwise"
+    given = {"protocol": protocol, "model": model, "endpoint": endpoint}
+    words = [f"judge.{key}={value}" for key, value in given.items() if value]
+    return [*words, "judge.endpoint="] if model and not endpoint else words
+
+
 def _run_dir(cfg: Config) -> Path:
     return Path(cfg.runs_dir) / cfg.name
 
@@ -522,7 +571,7 @@ def _command_of(words: Sequence[str]) -> str:
 
 
 def _how_to_resume(words: Sequence[str]) -> str:
-    if not words or words[0] not in ("run", "train", "label", "align", "evaluate"):
+    if not words or words[0] not in ("run", "train", "label", "align", "evaluate", "judge"):
         return ""
     again = [word for word in words if word != "--resume"]
     if words[0] in ("run", "train"):  # the later stages always go on

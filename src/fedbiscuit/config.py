@@ -27,6 +27,7 @@ __all__ = [
     "EvaluationSettings",
     "FederatedSettings",
     "GenerationSettings",
+    "JudgeSettings",
     "LabelSettings",
     "LoraSettings",
     "ModelSettings",
@@ -389,6 +390,49 @@ class EvaluationSettings(Section):
     )
 
 
+class JudgeSettings(Section):
+    """Another language model that judges the policy's answers: `fedbiscuit judge` (docs/judges.md)."""
+
+    model: str = Field(
+        "",
+        description="a model to load here, named as in model.base; with `endpoint`, the name by which the server knows it",
+    )
+    endpoint: str = Field(
+        "",
+        description="base URL of a server that speaks OpenAI's chat protocol, such as http://127.0.0.1:8000/v1; "
+        "empty: nothing leaves this machine",
+    )
+    api_key_env: str = Field(
+        "", description="name of the environment variable that holds the server's key, such as OPENAI_API_KEY"
+    )
+    protocol: Literal["auto-j", "auto-j-pairwise", "plain"] = Field(
+        "auto-j-pairwise",
+        description="auto-j: a rating from 1 to 10 of each answer; auto-j-pairwise: the better one or a tie, after a "
+        "critique; plain: A, B or tie at once",
+    )
+    template: str = Field("", description="a text file with another wording of the protocol; empty: our own words")
+    orders: Literal["both", "one"] = Field(
+        "both",
+        description="one: half the cost, which answer is shown first is drawn; what the order changes stays unseen",
+    )
+    max_tokens: Count = Field(512, description="longest reply of the judge")
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
+        0.0, description="0: greedy; null: the server's own default, for servers that refuse a temperature"
+    )
+    length_field: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="endpoint: the name by which the server takes the longest reply"
+    )
+    requests_per_minute: CountOrOff = Field(
+        0, description="endpoint: at most so many requests, retries too; 0: no limit"
+    )
+    concurrency: Annotated[int, Field(ge=1, le=64)] = Field(4, description="endpoint: requests under way at a time")
+    retries: CountOrOff = Field(
+        5, description="endpoint: how often a request is made again after a failure that may pass (429, 5xx, no answer)"
+    )
+    timeout: Positive = Field(120.0, description="endpoint: seconds that one request may take")
+    batch_size: Count = Field(8, description="without endpoint: questions at a time")
+
+
 class Config(Section):
     """One run."""
 
@@ -403,6 +447,7 @@ class Config(Section):
     labels: LabelSettings = Field(default_factory=LabelSettings)
     alignment: AlignmentSettings = Field(default_factory=AlignmentSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    judge: JudgeSettings = Field(default_factory=JudgeSettings)
     trackers: TrackerNames = Field(
         (),
         description="show the numbers of the run there too: tensorboard, trackio, wandb, mlflow; each is installed by "
@@ -499,6 +544,25 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     for size in cohorts.values():
         if chosen.population == "federated" and 0 < size < chosen.min_replies:
             yield "selectors.min_replies", f"{chosen.min_replies} replies cannot come from a cohort of {size}"
+    yield from _judge_contradictions(cfg.judge)
+
+
+def _judge_contradictions(judge: JudgeSettings) -> Iterator[tuple[str, str]]:
+    """What is wrong with where a judge is. The values are not repeated: a misplaced key could be one of them."""
+    if judge.endpoint and not re.fullmatch(
+        r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[^\s?#@]*)?", judge.endpoint, re.ASCII
+    ):
+        yield (
+            "judge.endpoint",
+            "must be http:// or https:// with a host and maybe a path, such as http://127.0.0.1:8000/v1, without a user, "
+            "a password, `?` or `#`; name the variable with the key in judge.api_key_env",
+        )
+    if judge.api_key_env and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", judge.api_key_env):
+        yield (
+            "judge.api_key_env",
+            "must be the name of an environment variable in capitals, such as OPENAI_API_KEY; put the key itself into "
+            "that variable, never into settings",
+        )
 
 
 # In: YAML and overrides -> Config

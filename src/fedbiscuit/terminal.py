@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["ProgressLines", "clean", "print_comparison", "print_error", "print_evaluation", "print_next", "print_task"]
+__all__ = [
+    "ProgressLines",
+    "clean",
+    "print_comparison",
+    "print_error",
+    "print_evaluation",
+    "print_judgement",
+    "print_next",
+    "print_task",
+]
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -127,6 +136,43 @@ def print_evaluation(evaluation: Mapping[str, Any]) -> None:
             _print_table(
                 ("judged by", "after step", "win rate", "95% interval", "wins-ties-losses", "words an answer"), rows
             )
+
+
+def print_judgement(protocol: str, found: Mapping[str, Any]) -> None:
+    """One result of ``evaluations/judge-PROTOCOL.json``: who won, and what could not be counted as a win or a loss."""
+    judge, unread, prompts = found["judge"], found["unparsable"], found["prompts"]
+    where = f" at {judge['endpoint']}" if judge.get("endpoint") else ""
+    orders = {"both": ", each pair in both orders", "one": ", each pair in one order"}.get(found["orders"], "")
+    print(f"\nJudge: {clean(judge['model'])}{clean(where)}, protocol {protocol}, {prompts} prompts{orders}")
+    won = found["win_rate"]
+    header = ("aligned against raw", "win rate", "95% interval", "wins-ties-losses", "ties as half")
+    _print_table(header, [("", *_wins(won), _percent(won["win_rate_ties_half"]))])
+    for name, rated in (found["ratings"] or {}).items():
+        if rated["mean"] is not None:
+            low, high = rated["interval"]
+            print(
+                f"  Mean rating, {name}: {rated['mean']:.2f} ({low:.2f} to {high:.2f}), of {rated['answers']} answers"
+            )
+    if found["orders"] == "both":
+        changed = found["inconsistent"]
+        told = "Preferred another answer in the other order, counted as ties"
+        print(f"  {told}: {changed['count']} of {prompts} ({_percent(changed['share'])})")
+    print(
+        f"  Replies in all: {unread['asked'] - unread['refused']}, from an earlier time: {found['replies_from_before']}"
+    )
+    if found["identical"]:
+        print(f"  The same answer by both, ties that were not asked about: {found['identical']} of {prompts}")
+    if unread["replies"] or unread["refused"]:
+        told = (
+            f"Replies without a decision: {unread['replies']} of {unread['asked']}, {unread['cut_off']} of them cut off"
+        )
+        refused = f"; questions that were refused: {unread['refused']}" if unread["refused"] else ""
+        print(f"  {told}{refused}; so ties on {unread['prompts']} of {prompts} prompts. The first:")
+        print(f"    {clean(' '.join((unread['first'] or '(nothing)').split()))[:300]}")
+    if found["inconsistent"]["count"] + unread["prompts"] > prompts / 2:
+        print(
+            "  This judge has decided on less than half of the prompts, so its win rate says little; use a stronger one"
+        )
 
 
 def print_comparison(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:

@@ -83,7 +83,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
 
 
 @pytest.mark.parametrize(
-    "name", ["run", "train", "label", "align", "evaluate", "report", "export", "push", "config", "data check"]
+    "name", ["run", "train", "label", "align", "evaluate", "judge", "report", "export", "push", "config", "data check"]
 )
 def test_the_help_of_each_command_has_a_purpose_and_an_example(name, capsys):
     assert cli.main([*name.split(), "--help"]) == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedbiscuit.evaluation.metrics import bootstrap_interval
 
-__all__ = ["win_rate"]
+__all__ = ["strict_win_rate", "win_rate"]
 
 
 def win_rate(
@@ -22,6 +22,23 @@ def win_rate(
         "name": name,
         "win_rate": sum(points) / len(points),
         "interval": bootstrap_interval(points, (*key, name), resamples),
+        "wins": points.count(1.0),
+        "losses": points.count(0.0),
+        "ties": points.count(0.5),
+    }
+
+
+def strict_win_rate(points: Sequence[float], key: tuple[object, ...], resamples: int = 1000) -> dict[str, Any]:
+    """Of a language model's verdicts: 1 a win, 0 a loss, 0.5 a tie, for each prompt.
+
+    win_rate = wins / (wins + losses + ties), with its 95% bootstrap interval over prompts; ``win_rate_ties_half`` counts a
+    tie as half a win, as ``win_rate`` does.
+    """
+    wins = [float(p == 1.0) for p in points]
+    return {
+        "win_rate": sum(wins) / len(wins),
+        "interval": bootstrap_interval(wins, key, resamples),
+        "win_rate_ties_half": sum(points) / len(points),
         "wins": points.count(1.0),
         "losses": points.count(0.0),
         "ties": points.count(0.5),

@@ -13,6 +13,7 @@ from fedbiscuit.config import Config
 from fedbiscuit.pipeline.alignment import align_policy
 from fedbiscuit.pipeline.comparing import evaluate_run
 from fedbiscuit.pipeline.judges import check_judges
+from fedbiscuit.pipeline.judging import check_judge, judge_run
 from fedbiscuit.pipeline.labels import check_labeling, write_and_label
 from fedbiscuit.pipeline.rounds import train_all
 from fedbiscuit.pipeline.session import Progress, Session, open_run, open_session, silent
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate",
     "evaluate_task",
     "export_run",
+    "judge",
     "label",
     "push",
     "run_all",
@@ -107,3 +109,10 @@ def evaluate_task(
     with open_run(cfg, progress) as session:
         do_task(session, task, asked)
         return session.run.path
+
+
+def judge(cfg: Config, progress: Progress = silent) -> Path:
+    """A language model judges the aligned policy against the raw one; returns ``evaluations/judge-PROTOCOL.json``."""
+    check_judge(cfg.judge)
+    with open_run(cfg, progress) as session:
+        return session.run.path / judge_run(session)

@@ -13,7 +13,7 @@ from fedbiscuit.data.partition import named_groups
 from fedbiscuit.evaluation.metrics import Judged, calibration, longer_answer, summarize
 from fedbiscuit.evaluation.selectors import fit_temperature, judge_by_group, judge_by_vote, score_clients
 from fedbiscuit.federated.grouping import adjusted_rand_index, choose_seat
-from fedbiscuit.pipeline.answers import answers_of, kept, mean_words, moved, unit_of
+from fedbiscuit.pipeline.answers import held_out_answers, kept, mean_words, moved, unit_of
 from fedbiscuit.pipeline.judges import check_judges, judges_of, verdicts
 from fedbiscuit.pipeline.session import Session, resolved
 from fedbiscuit.types import ClientId, ConfigError, DataError, Grouping, Task, Weights
@@ -196,6 +196,9 @@ def _evaluate_policy(session: Session, checkpoints: bool) -> dict[str, Any] | No
 
 def _answers(session: Session, prompts: Sequence[str], folder: str | None) -> tuple[list[str], float]:
     """An answer to each held-out prompt, and how far the policy in ``folder`` has moved from the raw one, in nats."""
-    answers = [one[0] for one in answers_of(session, prompts, folder)]
-    nats = moved(session, prompts, answers) if folder is not None else [0.0]
+    answers = held_out_answers(session, prompts, folder)
+    if folder is None:
+        return [one["text"] for one in answers], 0.0
+    session.policy_lm.put_adapter(session.run.load_adapter(folder, base=session.policy_lm.digest))
+    nats = moved(session, prompts, answers)
     return [one["text"] for one in answers], sum(nats) / len(nats)

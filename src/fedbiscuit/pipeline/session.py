@@ -256,7 +256,7 @@ def _check_settings(run: RunDir, cfg: Config) -> None:
     path = run.path / "config.yaml"
     if not path.exists():
         return
-    free = {"name", "runs_dir", "evaluation", "trackers"}
+    free = {"name", "runs_dir", "evaluation", "judge", "trackers"}
     if not (run.path / "completions.jsonl").exists():
         free |= {"generation", "labels"}
     if not (run.path / "state" / "policy").exists():
