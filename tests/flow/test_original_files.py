@@ -83,3 +83,19 @@ def test_a_run_that_takes_other_selectors_trains_none_and_says_which_are_missing
     assert "labels.selectors: runs/run has no trained selectors" in capsys.readouterr().err
     assert main(["align", RLHF]) == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_policy_tuned_on_summaries_is_merged_and_becomes_the_base_of_the_next_run(
+    summaries, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    here = ["data.root", str(summaries), *SMALL]
+    tune = (
+        "data.type reddit-tldr-finetuning@llm trainer.type llmtrainer data.splitter iid federate.client_num 1".split()
+    )
+    one = "llm.adapter.count 1 federate.total_round_num 2 federate.sample_client_num 1 federate.save_to sft.ckpt eval.freq 0".split()
+    assert main(["train", SELECTOR, "model.type", str(tiny_model), *here, *tune, *one]) == 0
+    assert main(["export", "runs/sft", "--policy", "--merge", "--to", "tuned"]) == 0
+    few = "federate.client_num 6 federate.sample_client_num 3 federate.total_round_num 4 llm.adapter.warmup.round 1"
+    assert main(["train", SELECTOR, "model.type", "tuned@huggingface_llm", *here, *few.split()]) == 0
+    assert "base: tuned" in Path("runs/summaries_u3/config.yaml").read_text()
