@@ -399,7 +399,7 @@ class JudgeSettings(Section):
     )
     endpoint: str = Field(
         "",
-        description="base URL of a server that speaks OpenAI's chat protocol, such as http://127.0.0.1:8000/v1; "
+        description="base URL of a server that speaks OpenAI's chat protocol (docs/judges.md); "
         "empty: nothing leaves this machine",
     )
     api_key_env: str = Field(

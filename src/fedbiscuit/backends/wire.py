@@ -166,5 +166,7 @@ LOCAL: dict[str, Callable[[Any], bool]] = {
     "weight_decay": _is_number,
     "max_grad_norm": _is_number,
     "dpo_beta": _is_number,
+    "lr_schedule": lambda value: value in ("constant", "linear", "cosine"),
+    "warmup_steps": _is_count,
 }
 """What each setting of a ``LocalTraining`` may hold in a message."""
