@@ -514,11 +514,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or bool(os.environ.get("FEDBISCUIT_DEBUG"))
     words = [word for word in words if word != "--debug"]
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    if launched > 1 and os.environ.get("RANK", "0") != "0":
-        return 0  # of the processes that a launcher started, the first one spreads the work by itself
-    if launched > 1 and words[:1] in (["run"], ["train"]) and "--gpus" not in words:
-        words += ["--gpus", str(launched)]
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, which accelerate launch is for several processes
+        rank, count = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        if count != os.environ["LOCAL_WORLD_SIZE"]:
+            print_error("started on several machines at once, which one run cannot use; start it on one of them")
+            return 3
+        if rank != "0":
+            print(f"process {rank} of {count} ends: the first one spreads the work by itself", file=sys.stderr)
+            return 0
+        if words[:1] in (["run"], ["train"]) and not any(word.partition("=")[0] == "--gpus" for word in words):
+            words += ["--gpus", count]
     try:
         with _signals(), _quiet_libraries():
             returned = app(

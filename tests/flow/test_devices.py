@@ -79,11 +79,12 @@ def test_under_a_launcher_the_first_process_does_the_work_and_the_others_end(tmp
     cfg = settings(tmp_path, tiny_model, name="launched")
     config = tmp_path / "config.yaml"
     config.write_text(dump_config(cfg))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     words = ["fedbiscuit", "train", str(config), "selectors.rounds=3", "evaluation.compare_global=false"]
     done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is ready; next:") == 1
+    assert done.stderr.count("process 1 of 2 ends") == 1
     two = tmp_path / "runs" / "launched"
     one = pipeline.train_selectors(
         settings(tmp_path, tiny_model, "selectors.rounds=3", "evaluation.compare_global=false", name="one")

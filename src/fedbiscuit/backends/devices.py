@@ -8,6 +8,7 @@ scores and takes its seat always in the same one.
 from __future__ import annotations
 
 import collections
+import contextlib
 import socket
 import subprocess
 import threading
@@ -39,19 +40,28 @@ class Helper:
             data = None
         if data is None:
             raise EnvironmentFault(
-                f"the process for {self.name} has ended with code {self._process.wait()} (its own message is above); "
+                f"the process for {self.name} has ended with code {self._end()} (its own message is above); "
                 "go on with --resume, or on fewer devices"
             )
         return unpack_reply(data)
 
+    def stop(self) -> None:
+        """Wake whoever waits for its reply, from another thread."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """End it: without its socket it stops by itself."""
         self._socket.close()
+        self._end()
+
+    def _end(self) -> int:
+        """Its exit code, after ten seconds of patience."""
         try:
-            self._process.wait(timeout=10)
+            return self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            return self._process.wait()
 
 
 class SeveralDevices:
@@ -87,6 +97,8 @@ class SeveralDevices:
                     replies[i] = self._ask(place, tasks[i])
             except BaseException as fault:
                 faults.append(fault)
+                for helper in self._helpers:  # nobody waits for the others' tasks, not after Ctrl-C either
+                    helper.stop()
 
         threads = [threading.Thread(target=work, args=(place,), daemon=True) for place in range(1, len(own))]
         for thread in threads:
@@ -104,7 +116,7 @@ class SeveralDevices:
 
 def serve(number: int, backend: InProcessBackend) -> None:
     """Answer tasks from a socket until the other side closes it."""
-    with socket.socket(fileno=number) as connection:
+    with socket.socket(fileno=number) as connection, contextlib.suppress(OSError):
         while (data := _receive(connection)) is not None:
             _send(connection, pack_reply(backend.run([unpack_task(data)])[0]))
 
