@@ -41,7 +41,9 @@ def summaries(tmp_path_factory) -> Path:
     return folder
 
 
-def test_selectors_of_one_file_label_for_the_policy_of_the_other(summaries, tiny_model, tmp_path, monkeypatch, caplog):
+def test_selectors_of_one_file_label_for_the_policy_of_the_other(
+    summaries, tiny_model, tmp_path, monkeypatch, caplog, capsys
+):
     monkeypatch.chdir(tmp_path)
     here = ["data.root", str(summaries), "model.type", f"{tiny_model}@huggingface_llm", *SMALL]
     few = "federate.client_num 6 federate.sample_client_num 3 federate.total_round_num 7 llm.adapter.warmup.round 1"
@@ -62,6 +64,24 @@ def test_selectors_of_one_file_label_for_the_policy_of_the_other(summaries, tiny
     assert (run / "policy" / "adapter_model.safetensors").exists()
     assert not (run / "selectors").exists()
 
+    again = ["train", SELECTOR, *here, "seed=1", "name=summaries_u3-other"]
+    assert (
+        main(
+            [
+                *again,
+                *"federate.client_num 6 federate.sample_client_num 3 federate.total_round_num 4".split(),
+                "llm.adapter.warmup.round",
+                "1",
+            ]
+        )
+        == 0
+    )
+    Path("runs/summaries_u3/selectors/u0").rename("u0-before")
+    Path("runs/summaries_u3-other/selectors/u0").rename("runs/summaries_u3/selectors/u0")
+    assert main(["align", str(run)]) == 5
+    assert "labels.json: selectors.u0: selectors that labeled of this run" in capsys.readouterr().err
+    Path("runs/summaries_u3/selectors/u0").rename("u0-other")
+    Path("u0-before").rename("runs/summaries_u3/selectors/u0")
     assert main(["evaluate", str(run)]) == 0
     found = json.loads((run / "evaluation.json").read_text())
     assert found["selectors"] is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fedbiscuit.data.encoding import EXTRA
@@ -13,6 +14,7 @@ from fedbiscuit.models.labeling import label_completions
 from fedbiscuit.models.lm import LM
 from fedbiscuit.pipeline.judges import labeler, labeling_selector
 from fedbiscuit.pipeline.session import Session
+from fedbiscuit.rundir import sha256_of
 from fedbiscuit.types import Comparison, ConfigError, DataError
 
 __all__ = ["check_labeling", "write", "write_and_label", "write_raw"]
@@ -43,6 +45,8 @@ def write_and_label(session: Session) -> None:
     run, cfg = session.run, session.cfg
     check_labeling(session)
     judge = labeler(session)
+    whose = {"selectors": _digests(cfg.labels.selectors)}
+    run.check_same("labels.json", whose, "selectors that labeled")
     prompts = session.prompts[: cfg.generation.num_prompts or None]
     _write_completions(session, prompts)
     if run.read_json("labels.json") is not None:
@@ -64,7 +68,13 @@ def write_and_label(session: Session) -> None:
         )
     run.write_text("preferences.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     run.append_lines("timings.jsonl", [{"stage": "labels", "step": len(rows), "seconds": time.monotonic() - started}])
-    run.write_json("labels.json", {"pairs": len(rows), "left_out": left_out})
+    run.write_json("labels.json", {"pairs": len(rows), "left_out": left_out} | whose)
+
+
+def _digests(folder: str) -> dict[str, str]:
+    """sha256 of each adapter of another run, so that labels are never taken for those of selectors trained since."""
+    paths = sorted(Path(folder).glob("selectors/u*/adapter_model.safetensors")) if folder else []
+    return {path.parent.name: sha256_of(path) for path in paths}
 
 
 def _write_completions(session: Session, prompts: Sequence[str]) -> None:
