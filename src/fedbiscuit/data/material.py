@@ -6,16 +6,15 @@ elsewhere and have keys of their own.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedbiscuit.data.encoding import EXTRA
+from fedbiscuit.data.files import RECORDS, iter_records
 from fedbiscuit.data.formats import prompt_of
-from fedbiscuit.data.jsonlines import iter_objects, shown
+from fedbiscuit.data.jsonlines import shown
 from fedbiscuit.data.records import EmptyTextError, comparison_of, required_text
 from fedbiscuit.types import Comparison, DataError
 
@@ -55,10 +54,8 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     """
     path = Path(path)
     stem = path.name.split(".")[0]
-    if re.search(r"\.jsonl(\.gz)?\Z", path.name):
+    if RECORDS.fullmatch(path.name):
         found = [one for _, one in _read(path, lambda record: _instruction(record, stem))]
-    elif path.suffix == ".json":
-        found = [_located(path, f"[{i}]", _instruction, record, stem) for i, record in enumerate(_array(path))]
     else:
         found = [Instruction(line.strip(), stem) for line in _text(path).splitlines() if line.strip()]
     if not found:
@@ -98,7 +95,7 @@ def _instruction(record: Any, stem: str) -> Instruction:
 
 
 def _read(path: str | Path, convert: Callable[[Mapping[str, Any]], Item]) -> Iterator[tuple[int, Item]]:
-    for number, record in iter_objects(path):
+    for number, record in iter_records(path):
         if isinstance(record, DataError):
             raise DataError(f"{path}:{number}: {record}")
         yield number, _located(path, f":{number}", convert, record)
@@ -109,17 +106,6 @@ def _located(path: str | Path, place: str, convert: Callable[..., Item], *values
         return convert(*values)
     except DataError as error:
         raise DataError(f"{path}{place}: {error}") from None
-
-
-def _array(path: Path) -> list[Any]:
-    text = _text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); one object a line needs the ending .jsonl") from None
-    if not isinstance(value, list):
-        raise DataError(f"{path}: expected a JSON array of instructions, got {shown(value)}")
-    return value
 
 
 def _text(path: Path) -> str:
