@@ -181,7 +181,7 @@ def test_instructions_come_from_an_array_from_lines_or_from_text(tmp_path):
         "b.jsonl": [("Do.", "b")],
         "c.txt": [("Do.", "c"), ("Go.", "c")],
     }
-    for text, told in (('{"a": 1}', "expected a JSON array"), ("[1]", r"\[0\]: expected an object"), ("[", "not JSON")):
+    for text, told in (('{"a": 1}', ":1: prompt: expected"), ("[1]", ":1: expected objects"), ("[", ":1: not JSON")):
         (tmp_path / "d.json").write_text(text)
         with pytest.raises(DataError, match=told):
             read_instructions(tmp_path / "d.json")
