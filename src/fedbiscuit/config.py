@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError, to_json
 
 from fedbiscuit.original import KEYS, is_original, translate
 from fedbiscuit.schema import fields_at, permitted, problem, sections, settings_of, shown
-from fedbiscuit.strict_yaml import KeyPath, parse_yaml, read_yaml, scalar_text
+from fedbiscuit.strict_yaml import Document, KeyPath, parse_yaml, read_yaml, scalar_text
 from fedbiscuit.types import ConfigError, LocalTraining
 
 __all__ = [
@@ -75,6 +75,10 @@ TrackerNames = Annotated[
         json_schema_input_type=TrackerName | tuple[TrackerName, ...],
     ),
 ]
+
+
+Places = dict[KeyPath, str]
+"""Setting to the file and line, or the words, where it stands."""
 
 
 class Section(BaseModel):
@@ -375,6 +379,9 @@ class EvaluationSettings(Section):
     compare_global: bool = Field(
         False, description="also train one global selector with the same budget of rounds, as the baseline in the table"
     )
+    compare_raw: bool = Field(
+        False, description="also ask the base model as it is, without an adapter, as the baseline in the table"
+    )
     references: str = Field(
         "",
         description="task summarization: file of posts with summaries that people wrote (.jsonl with `post` and `summary`, or "
@@ -523,6 +530,8 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
             yield f"selectors.groups.{client}", f"{u} is not permitted; adapters are 0 to {chosen.num_adapters - 1}"
     if chosen.kind == "reward" and chosen.local.objective != "choice":
         yield "selectors.kind", f"objective {chosen.local.objective} trains the policy itself; leave kind out"
+    if cfg.evaluation.compare_raw and (chosen.kind == "reward" or chosen.local.objective != "choice"):
+        yield "evaluation.compare_raw", "only a selector can be asked without its adapter; set it to false"
     if chosen.population == "local" and chosen.local.objective != "choice":
         yield (
             "selectors.population",
@@ -583,8 +592,8 @@ def load_translated(path: str | Path, overrides: Sequence[str] = (), fill: str =
 
     ``fill`` stands for a placeholder such as <choice_ckpt> in an old file's names.
     """
-    document = read_yaml(Path(path))
-    return _resolve(document.value, document.lines, str(path), overrides, fill)
+    value, places = _read(Path(path))
+    return _resolve(value, places, str(path), overrides, fill)
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config") -> Config:
@@ -593,18 +602,60 @@ def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config")
     >>> parse_config("seed: 3", ["selectors.rounds", "7"]).selectors.rounds
     7
     """
-    document = parse_yaml(text, name)
-    return _resolve(document.value, document.lines, name, overrides)[0]
+    return _resolve(*_placed(parse_yaml(text, name), name), name, overrides)[0]
+
+
+def _placed(document: Document, name: str) -> tuple[dict[str, Any], Places]:
+    """The settings of a document, and in words where each of them stands."""
+    value = {} if document.value is None else document.value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}:{document.lines[()]}: expected settings such as `seed: 0`, got {shown(value)}")
+    return value, {path: f"{name}:{line}" for path, line in document.lines.items()}
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Places]:
+    """The settings of a file; where it ``extends`` another one, that file's with its own on top."""
+    value, places = _placed(read_yaml(path), str(path))
+    if "extends" not in value or is_original(value):
+        return value, places
+    here, named = places.pop(("extends",)), value.pop("extends")
+    if not isinstance(named, str) or not named:
+        raise ConfigError(f"{here}: extends: {shown(named)} is not the path of a config, seen from this file's folder")
+    base, above = path.parent / named, (*above, path.resolve())
+    if base.resolve() in above:
+        raise ConfigError(f"{here}: extends: {named} is this file, or extends it in turn; remove one of the two")
+    if not base.is_file():
+        raise ConfigError(f"{here}: extends: there is no file {base}")
+    under, under_places = _read(base, above)
+    if is_original(under):
+        raise ConfigError(
+            f"{here}: extends: {named} has the keys of the original; write it in ours first: "
+            f"`fedbiscuit config {base} > NEW.yaml`"
+        )
+    return _on_top(under, value), _places_under(under_places, value) | places
+
+
+def _on_top(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` wins, setting by setting."""
+    both = {
+        key: _on_top(under[key], value) if isinstance(under.get(key), dict) and isinstance(value, dict) else value
+        for key, value in over.items()
+    }
+    return {**under, **both}
+
+
+def _places_under(places: Places, over: Any, path: KeyPath = ()) -> Places:
+    """``places`` without those of what ``over`` replaces."""
+    if not isinstance(over, dict):
+        return {key: place for key, place in places.items() if key[: len(path)] != path}
+    for key, value in over.items():
+        places = _places_under(places, value, (*path, key))
+    return places
 
 
 def _resolve(
-    value: Any, lines: Mapping[KeyPath, int], name: str, overrides: Sequence[str], fill: str = ""
+    value: dict[str, Any], places: Places, name: str, overrides: Sequence[str], fill: str = ""
 ) -> tuple[Config, tuple[str, ...]]:
-    if value is None:
-        value = {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name}:{lines[()]}: expected settings such as `seed: 0`, got {shown(value)}")
-    places = {path: f"{name}:{line}" for path, line in lines.items()}
     changes = list(_read_overrides(overrides))
     notes: tuple[str, ...] = ()
     if is_original(value):
@@ -631,8 +682,8 @@ def _is_ours(path: KeyPath) -> bool:
 
 
 def _translated(
-    value: dict[str, Any], places: dict[KeyPath, str], name: str, changes: Sequence[tuple[KeyPath, Any]], fill: str
-) -> tuple[dict[str, Any], dict[KeyPath, str], tuple[str, ...]]:
+    value: dict[str, Any], places: Places, name: str, changes: Sequence[tuple[KeyPath, Any]], fill: str
+) -> tuple[dict[str, Any], Places, tuple[str, ...]]:
     """An old file in our keys, where each comes from, and the notes."""
     for path, new in changes:
         section = value
@@ -702,6 +753,9 @@ def _without_empty_sections(values: Any, path: KeyPath = ()) -> Any:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a config file, for editors and for checks without this package."""
     schema = Config.model_json_schema()
+    schema["properties"] |= {
+        "extends": {"type": "string", "description": "another config whose settings hold where this one has none"}
+    }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "fedbiscuit config"} | {
         key: value for key, value in schema.items() if key != "title"
     }

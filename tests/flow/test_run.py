@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -385,11 +386,80 @@ def test_baselines_and_options_are_settings_of_the_same_loop(tmp_path, tiny_mode
     cfg = settings(tmp_path, tiny_model, *base, *overrides)
     run = pipeline.run_all(cfg)
     result = json.loads((run / "evaluation.json").read_text())
-    if cfg.selectors.local.objective == "choice":
-        assert 0 <= result["selectors"]["rows"][0]["accuracy"] <= 1
-    else:
+    assert 0 <= result["selectors"]["rows"][0]["accuracy"] <= 1
+    if cfg.selectors.local.objective != "choice":
         assert (run / "policy" / "adapter_model.safetensors").exists()
         assert result["policy"]["judges"] == []
+
+
+def test_a_policy_that_clients_trained_is_judged_by_the_reward_that_it_implies(tmp_path, tiny_model):
+    """Against PEFT's own model, one whole text at a time: log-probabilities with the adapter minus those without it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    changes = ["selectors.num_adapters=1", "selectors.local.objective=dpo", "data.partition.new_clients=0.2"]
+    cfg = settings(tmp_path, tiny_model, "evaluation.compare_global=false", "selectors.rounds=3", *changes)
+    run = pipeline.run_all(cfg)
+    found = json.loads((run / "evaluation.json").read_text())["selectors"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    policy = PeftModel.from_pretrained(base, run / "policy").eval()
+
+    def log_prob(prompt: str, answer: str) -> float:
+        words = [{"role": "user", "content": prompt}]
+        start = (
+            tokenizer.apply_chat_template(words, add_generation_prompt=True)["input_ids"]
+            if tokenizer.chat_template
+            else tokenizer(prompt).input_ids
+        )
+        ids = [*start, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        logits = policy(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(float(logits[i - 1, ids[i]]) for i in range(len(start), len(ids)))
+
+    def reward(prompt: str, answer: str) -> float:
+        with torch.no_grad():
+            tuned = log_prob(prompt, answer)
+            with policy.disable_adapter():
+                return tuned - log_prob(prompt, answer)
+
+    right: dict[str, list[float]] = {}
+    for row in map(json.loads, (tmp_path / "world.jsonl").read_text().splitlines()):
+        if row["split"] == "test":
+            margin = reward(row["prompt"], row["output_a"]) - reward(row["prompt"], row["output_b"])
+            assert abs(margin) > 1e-5
+            right.setdefault(row["client"], []).append(float((margin > 0) == (row["choice"] == 0)))
+    shares = {client: sum(held) / len(held) for client, held in right.items()}
+    assert {client: one["accuracy"] for client, one in found["clients"].items()} == {
+        c: shares[c] for c in found["clients"]
+    }
+    assert found["rows"][0]["name"] == "the policy's implicit reward"
+    assert found["rows"][0]["flip_rate"] == 0.0
+    new = found["new_clients"]["new clients, the policy's implicit reward"]
+    assert new == {client: shares[client] for client in shares if client not in found["clients"]}
+
+
+def test_the_base_model_can_stand_beside_as_it_is(tmp_path, tiny_model):
+    """What it says is the letters of a model without an adapter."""
+    from fedbiscuit.models.lm import load_lm
+    from fedbiscuit.models.selector import letter_margins
+
+    cfg = settings(tmp_path, tiny_model, "evaluation.compare_global=false", "evaluation.compare_raw=true")
+    run = pipeline.train_selectors(cfg)
+    pipeline.evaluate(cfg)
+    found = json.loads((run / "evaluation.json").read_text())["selectors"]
+    row = next(row for row in found["rows"] if row["name"] == "the base model, untrained")
+    with pipeline.open_run(cfg, pipeline.silent) as session:
+        untouched = load_lm(cfg.model)
+        selector = dataclasses.replace(session.selector, lm=untouched, trunks=None)
+        test = session.clients["person-0"].test
+        with untouched.adapter_off():
+            margins = letter_margins(selector, [untouched.adapter()], selector.encode(test)[0])[0]
+    said_a = (margins[:, 0] - margins[:, 1]) > 0
+    right = [float(bool(a) == (one.choice == 0)) for a, one in zip(said_a, test, strict=True)]
+    assert found["clients"]["person-0"]["baseline_raw"] == sum(right) / len(right)
+    assert row["accuracy"] == pytest.approx(sum(one["baseline_raw"] for one in found["clients"].values()) / 6)
+    with pytest.raises(ConfigError, match=r"evaluation\.compare_raw"):
+        settings(tmp_path, tiny_model, "evaluation.compare_raw=true", "selectors.kind=reward")
 
 
 def test_a_template_that_cannot_label_is_refused_before_anything_is_trained(tmp_path, tiny_model):

@@ -190,3 +190,41 @@ def test_the_settings_table_has_every_key():
 def test_every_shipped_config_is_valid():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         load_config(path)
+
+
+def test_a_config_that_extends_another_has_its_settings_under_its_own(tmp_path):
+    (tmp_path / "under.yaml").write_text("seed: 3\nselectors:\n  rounds: 7\n  local: {steps: 2, lr: 0.5}\n")
+    (tmp_path / "sub").mkdir()
+    own = tmp_path / "sub" / "own.yaml"
+    own.write_text(
+        "extends: ../under.yaml\nselectors: {local: {lr: 0.25}}\nmodel:\n  lora: {layers_to_transform: [1]}\n"
+    )
+    cfg = load_config(own)
+    local = cfg.selectors.local
+    assert (cfg.seed, cfg.selectors.rounds, local.steps, local.lr) == (3, 7, 2, 0.25)
+    assert cfg.model.lora.layers_to_transform == (1,)
+    assert parse_config(dump_config(cfg)) == cfg  # what a run keeps extends nothing
+    above = tmp_path / "above.yaml"
+    above.write_text("extends: sub/own.yaml\nmodel: {lora: {layers_to_transform: []}}\n")
+    assert load_config(above, ["seed=9"]).model.lora.layers_to_transform == ()
+    assert load_config(above, ["seed=9"]).seed == 9
+
+
+@pytest.mark.parametrize(
+    ("under", "own", "told"),
+    [
+        ("selectors:\n  rounds: 0", "extends: under.yaml", r"under\.yaml:2: selectors\.rounds"),
+        ("selectors:\n  rounds: 0", "extends: under.yaml\nselectors: {rounds: -1}", r"own\.yaml:2: selectors\.rounds"),
+        ("seed: 1", "\nextends: 7", r"own\.yaml:2: extends: 7 is not the path"),
+        ("seed: 1", "extends: no.yaml", r"own\.yaml:1: extends: there is no file .*no\.yaml"),
+        ("extends: own.yaml", "extends: under.yaml", r"under\.yaml:1: extends: own\.yaml is this file, or extends it"),
+        ("seed: 1", "extends: own.yaml", r"own\.yaml:1: extends: own\.yaml is this file"),
+        ("federate: {total_round_num: 3}", "extends: under.yaml", r"own\.yaml:1: extends: .*keys of the original"),
+        ("- 1", "extends: under.yaml", r"under\.yaml:1: expected settings"),
+    ],
+)
+def test_what_is_wrong_with_a_config_that_is_extended_is_told_where_it_stands(tmp_path, under, own, told):
+    (tmp_path / "under.yaml").write_text(under)
+    (tmp_path / "own.yaml").write_text(own)
+    with pytest.raises(ConfigError, match=told):
+        load_config(tmp_path / "own.yaml")

@@ -19,7 +19,7 @@ from fedbiscuit.models.selector import Selector, letter_margins, selector_loss
 from fedbiscuit.models.training import make_optimizer, stream, train
 from fedbiscuit.types import ClientData, Comparison, FederationError, LocalTraining, Reply, Task, Weights
 
-__all__ = ["Desk", "Memory", "answer"]
+__all__ = ["Desk", "Memory", "answer", "policy_pair"]
 
 
 MAX_SEATS = 60
@@ -102,7 +102,7 @@ def _objective(batch: Sequence[Comparison], desk: Desk, how: LocalTraining) -> T
             )
         return selector_loss(desk.selector, encoded)
     lm = desk.selector.lm
-    pairs = [_pair(comparison, desk) for comparison in batch]
+    pairs = [policy_pair(one.prompt, one.chosen, one.rejected, desk) for one in batch]
     if how.objective == "sft":
         return pair_sft_loss(lm, pairs)
     reference = reference_log_probs(lm, pairs)
@@ -110,9 +110,10 @@ def _objective(batch: Sequence[Comparison], desk: Desk, how: LocalTraining) -> T
     return pair_dpo_loss(lm, pairs, reference, how.dpo_beta)[0]
 
 
-def _pair(comparison: Comparison, desk: Desk) -> Pair:
-    prompt = desk.selector.lm.chat_prompt(comparison.prompt, desk.system, desk.chat)
-    return encode_pair(desk.selector.lm, prompt, comparison.chosen, comparison.rejected)
+def policy_pair(prompt: str, first: str, second: str, desk: Desk) -> Pair:
+    """Two answers of people's comparisons as the policy would have to write them."""
+    lm = desk.selector.lm
+    return encode_pair(lm, lm.chat_prompt(prompt, desk.system, desk.chat), first, second)
 
 
 def _losses(task: Task, data: ClientData, desk: Desk) -> list[float]:

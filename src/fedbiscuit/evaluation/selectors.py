@@ -16,7 +16,7 @@ from fedbiscuit.models.losses import margin_nats
 from fedbiscuit.models.selector import Selector, choice_probability, letter_margins, vote
 from fedbiscuit.types import ClientId, Comparison, Grouping, Weights
 
-__all__ = ["ClientMargins", "fit_temperature", "judge_by_group", "judge_by_vote", "score_clients"]
+__all__ = ["ClientMargins", "fit_temperature", "judge_by_group", "judge_by_vote", "score_by_policy", "score_clients"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,29 @@ def score_clients(
         )
         for client, held in encoded.items()
     }
+
+
+def score_by_policy(
+    margins: Callable[[Sequence[Comparison]], Tensor],
+    comparisons: Mapping[ClientId, Sequence[Comparison]],
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[ClientId, ClientMargins]:
+    """The same of a policy that clients trained themselves: ``margins`` gives (n,) logits that A is better.
+
+    It reads one answer at a time, so both orders agree by construction.
+    """
+    found, read = {}, 0
+    for client, held in sorted(comparisons.items()):
+        parts = []
+        for start in range(0, len(held), batch_size):
+            parts.append(margins(held[start : start + batch_size]))
+            read += len(parts[-1])
+            progress(read)
+        if held:
+            ab = torch.cat(parts)
+            found[client] = ClientMargins(torch.stack([ab, -ab], dim=-1)[None], np.array([c.choice for c in held]))
+    return found
 
 
 def judge_by_group(

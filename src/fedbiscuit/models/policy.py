@@ -16,6 +16,7 @@ from fedbiscuit.models.losses import dpo_loss, sft_loss
 __all__ = [
     "Pair",
     "encode_pair",
+    "implicit_margins",
     "log_ratios",
     "pair_dpo_loss",
     "pair_log_probs",
@@ -106,6 +107,19 @@ def reference_log_probs(lm: LM, pairs: Sequence[Pair], batch_size: int = 8) -> T
     with lm.adapter_off():
         parts = [pair_log_probs(lm, pairs[i : i + batch_size]).cpu() for i in range(0, len(pairs), batch_size)]
     return torch.cat(parts) if parts else torch.empty(0, 2)
+
+
+@torch.no_grad()
+def implicit_margins(lm: LM, pairs: Sequence[Pair], beta: float) -> Tensor:
+    """(n,) by how much the policy in the slot rewards ``chosen`` more than ``rejected``, as a logit, on the CPU.
+
+    The reward that a policy implies of itself is beta * log(policy / reference) (Rafailov et al. 2023, section 4); the
+    reference is the same model without its adapter.
+    """
+    prompts = [pair.prompt for pair in pairs for _ in range(2)]
+    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
+    rewards = beta * log_ratios(lm, prompts, responses).view(-1, 2)
+    return (rewards[:, 0] - rewards[:, 1]).cpu()
 
 
 @torch.no_grad()

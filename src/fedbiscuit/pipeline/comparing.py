@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from fedbiscuit.backends.client import Memory, answer
+import torch
+from torch import Tensor
+
+from fedbiscuit.backends.client import Memory, answer, policy_pair
 from fedbiscuit.data.partition import named_groups
 from fedbiscuit.evaluation.metrics import Judged, calibration, longer_answer, summarize
-from fedbiscuit.evaluation.selectors import fit_temperature, judge_by_group, judge_by_vote, score_clients
+from fedbiscuit.evaluation.selectors import (
+    ClientMargins,
+    fit_temperature,
+    judge_by_group,
+    judge_by_vote,
+    score_by_policy,
+    score_clients,
+)
 from fedbiscuit.federated.grouping import adjusted_rand_index, choose_seat
+from fedbiscuit.models.policy import implicit_margins
 from fedbiscuit.pipeline.answers import held_out_answers, kept, mean_words, moved, unit_of
 from fedbiscuit.pipeline.judges import check_judges, judges_of, verdicts
 from fedbiscuit.pipeline.session import Session, resolved
-from fedbiscuit.types import ClientId, ConfigError, DataError, Grouping, Task, Weights
+from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, DataError, Grouping, Task, Weights
 
 __all__ = ["evaluate_run"]
 
 log = logging.getLogger("fedbiscuit")
+
+IMPLICIT = "the policy's implicit reward"
+UNTRAINED = "the base model, untrained"
 
 
 def evaluate_run(session: Session, checkpoints: bool = False) -> None:
@@ -31,7 +45,7 @@ def evaluate_run(session: Session, checkpoints: bool = False) -> None:
     check_judges(session)
     started = time.monotonic()
     result = {
-        "selectors": _evaluate_selectors(session, checkpoints) if session.trains else None,
+        "selectors": None if session.cfg.labels.selectors else _evaluate_choices(session, checkpoints),
         "policy": _evaluate_policy(session, checkpoints) if (session.run.path / "policy").is_dir() else None,
         "left_out": session.left_out,
     }
@@ -41,17 +55,22 @@ def evaluate_run(session: Session, checkpoints: bool = False) -> None:
     session.run.append_lines("timings.jsonl", [{"stage": "evaluation", "step": 1, "seconds": seconds}])
 
 
-def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
-    """Every client's test comparisons by its group's selector, the vote, one global selector, length rules and chance."""
+def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | None:
+    """Every client's test comparisons by its group's selector, the vote, one global selector, length rules and chance.
+
+    A baseline that trains the policy itself stands in the selector's place with the reward that the policy implies; None
+    where its data has single good answers and nothing to choose from.
+    """
     cfg, run = session.cfg, session.run
     key, resamples = (cfg.seed, "test"), cfg.evaluation.bootstrap
-    limit = cfg.evaluation.max_comparisons or None
-    test = {client: data.test[:limit] for client, data in session.clients.items() if data.test}
+    test = _held_out(session, session.clients, "test")
+    if not test and cfg.selectors.local.objective == "sft":
+        return None
     if not test:
         raise DataError(
             "no client has test comparisons; give some records split: test, or leave `split` out of all of them"
         )
-    adapters = session.selectors()
+    adapters = session.selectors() if session.trains else (run.load_adapter("policy", base=session.lm.digest),)
     grouping = _grouping(session, "selectors")
     own_only = cfg.selectors.population == "local"
     total = sum(len(held) for held in test.values())
@@ -60,14 +79,13 @@ def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
         session.progress("test", min(done, total), total, "comparisons")
 
     batch_size = cfg.evaluation.batch_size
-    scores = score_clients(
-        session.selector, adapters, test, grouping if own_only else None, batch_size, progress=progress
-    )
+    scores = _scores(session, adapters, test, grouping if own_only else None, progress)
     own = judge_by_group(scores, grouping)
     single = len(adapters) == 1
     temperature = _temperature(session, adapters, grouping)
     cooled = judge_by_group(scores, grouping, temperature) if temperature else None
     name = "one global selector" if single else "selector of the client's group"
+    name = name if session.trains else IMPLICIT
     rows = [summarize(name, own, key, resamples, cooled)]
     voted: dict[ClientId, Judged] = {}
     if not single and not own_only:
@@ -80,6 +98,11 @@ def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
             score_clients(session.selector, session.selectors("global"), test, everyone, batch_size), everyone
         )
         rows.append(summarize("one global selector", judged, key, resamples))
+    untrained: dict[ClientId, Judged] = {}
+    if cfg.evaluation.compare_raw:
+        no_change = {name: torch.zeros_like(weights) for name, weights in adapters[0].items()}
+        untrained = judge_by_group(_scores(session, [no_change], test), dict.fromkeys(test, 0))
+        rows.append(summarize(UNTRAINED, untrained, key, resamples))
     longer = {client: longer_answer(held) for client, held in test.items()}
     rows.append(summarize("the longer answer", longer, key, resamples))
     shorter = {client: replace(one, probability=1 - one.probability) for client, one in longer.items()}
@@ -106,6 +129,7 @@ def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
                 "comparisons": len(own[client].choice),
                 "baseline_longer": longer[client].accuracy,
                 **({"vote": voted[client].accuracy} if voted else {}),
+                **({"baseline_raw": untrained[client].accuracy} if untrained else {}),
             }
             for client in sorted(own)
         },
@@ -114,6 +138,40 @@ def _evaluate_selectors(session: Session, checkpoints: bool) -> dict[str, Any]:
         "calibration": calibration(own),
         "adjusted_rand_index": adjusted_rand_index(grouping, truth) if truth and not single and not own_only else None,
     }
+
+
+def _held_out(
+    session: Session, clients: Mapping[ClientId, ClientData], part: Literal["validation", "test"]
+) -> dict[ClientId, tuple[Comparison, ...]]:
+    """Every client's comparisons of that part, so many as are judged; single good answers are nothing to choose from."""
+    limit = session.cfg.evaluation.max_comparisons or None
+    held = {
+        client: tuple(one for one in getattr(data, part) if one.output_b)[:limit] for client, data in clients.items()
+    }
+    return {client: comparisons for client, comparisons in held.items() if comparisons}
+
+
+def _scores(
+    session: Session,
+    adapters: Sequence[Weights],
+    comparisons: Mapping[ClientId, Sequence[Comparison]],
+    only: Grouping | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[ClientId, ClientMargins]:
+    """Margins on every client's comparisons: of the selectors, or of the one policy that was trained in their place."""
+    cfg = session.cfg
+    if session.trains:
+        return score_clients(
+            session.selector, adapters, comparisons, only, cfg.evaluation.batch_size, progress=progress
+        )
+    lm = session.lm
+    lm.put_adapter(adapters[0])
+
+    def margins(batch: Sequence[Comparison]) -> Tensor:
+        pairs = [policy_pair(one.prompt, one.output_a, one.output_b, session.desk) for one in batch]
+        return implicit_margins(lm, pairs, cfg.selectors.local.dpo_beta)
+
+    return score_by_policy(margins, comparisons, cfg.evaluation.batch_size, progress)
 
 
 def _grouping(session: Session, folder: str) -> dict[ClientId, int]:
@@ -131,10 +189,8 @@ def _grouping(session: Session, folder: str) -> dict[ClientId, int]:
 
 def _temperature(session: Session, adapters: Sequence[Weights], grouping: Grouping) -> float | None:
     """The temperature that fits the own group's selectors to the validation comparisons; the experimenter's number."""
-    limit = session.cfg.evaluation.max_comparisons or None
-    held = {client: data.validation[:limit] for client, data in session.clients.items() if data.validation}
-    batch_size = session.cfg.evaluation.batch_size
-    return fit_temperature(score_clients(session.selector, adapters, held, grouping, batch_size), grouping)
+    held = _held_out(session, session.clients, "validation")
+    return fit_temperature(_scores(session, adapters, held, grouping), grouping)
 
 
 def _judge_new_clients(session: Session, adapters: Sequence[Weights]) -> dict[str, dict[ClientId, Judged]]:
@@ -143,20 +199,19 @@ def _judge_new_clients(session: Session, adapters: Sequence[Weights]) -> dict[st
     A new client scores the selectors as in grouping, on comparisons of its own that are not tested, and takes the one of
     least loss; it trains nothing.
     """
-    cfg, limit = session.cfg, session.cfg.evaluation.max_comparisons or None
-    clients = {client: data for client, data in session.new_clients.items() if data.test}
-    if not clients:
+    cfg = session.cfg
+    test = _held_out(session, session.new_clients, "test")
+    if not test:
         return {}
-    test = {client: data.test[:limit] for client, data in clients.items()}
-    scores = score_clients(session.selector, adapters, test, None, cfg.evaluation.batch_size)
-    seats = {}
-    for client, data in clients.items():
-        memory = Memory()
-        answer(Task("evaluate", client, cfg.selectors.rounds, dict(enumerate(adapters))), data, session.desk, memory)
+    scores = _scores(session, adapters, test)
+    seats = dict.fromkeys(test, 0)
+    for client in test if len(adapters) > 1 else ():
+        task, memory = Task("evaluate", client, cfg.selectors.rounds, dict(enumerate(adapters))), Memory()
+        answer(task, session.new_clients[client], session.desk, memory)
         seats[client] = choose_seat(memory.losses, (0.0,) * len(adapters), client)
     fitting = judge_by_group(scores, seats)
     if len(adapters) == 1:
-        judged = {"new clients, one global selector": fitting}
+        judged = {f"new clients, {'one global selector' if session.trains else IMPLICIT}": fitting}
     else:
         voted = judge_by_vote(scores, cfg.labels.vote, cfg.labels.temperature)
         judged = {"new clients, the best fitting selector": fitting, "new clients, vote of all selectors": voted}

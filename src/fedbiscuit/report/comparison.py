@@ -30,7 +30,7 @@ WITHOUT_INFLUENCE = (
 
 OF_A_KIND = (
     "selectors.population", "selectors.num_adapters", "selectors.warmup_", "selectors.regroup_every", "selectors.group",
-    "selectors.cohort_sampling",
+    "selectors.cohort_sampling", "selectors.kind", "selectors.local.objective",
 )  # fmt: skip
 """How settings begin that make the kind of a method, or mean something to some kinds only."""
 
@@ -182,8 +182,12 @@ def _methods(runs: Sequence[RunView]) -> Iterator[Method]:
 
 def _kind(cfg: Config) -> str:
     chosen = cfg.selectors
+    trained = {"sft": "SFT", "dpo": "DPO", "choice": "RM" if chosen.kind == "reward" else ""}[chosen.local.objective]
     if chosen.population != "federated":
-        return {"centralized": "centralized", "local": "local only"}[chosen.population]
+        return " ".join([{"centralized": "centralized", "local": "local only"}[chosen.population], trained]).strip()
+    if trained:
+        name = "FedAvg-SFT" if trained == "SFT" else f"Fed{trained}"
+        return name if chosen.num_adapters == 1 else f"{name}, U = {chosen.num_adapters}"
     if chosen.num_adapters == 1:
         return "FedBis"
     if chosen.grouping == "fixed":

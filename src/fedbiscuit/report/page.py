@@ -92,9 +92,10 @@ def _selectors(run: RunView) -> str:
     )
     match = run.selectors.get("adjusted_rand_index")
     found = "" if match is None else f" Groups against the true ones: adjusted Rand index {match:.2f} (1 is perfect)."
+    who = "selectors" if run.cfg.selectors.local.objective == "choice" else "policy’s rewards"
     return (
-        "<section>\n<h2>Do the selectors agree with people?</h2>\n"
-        + table("Selectors on test comparisons", header, cells, main=0)
+        f"<section>\n<h2>Do the {who} agree with people?</h2>\n"
+        + table(f"{who[:1].upper()}{who[1:]} on test comparisons", header, cells, main=0)
         + '<p class="note">On test comparisons that nobody trained on. Accuracy: mean over clients of how often the '
         "client’s choice is met, with its 95% interval. Flips: how often swapping the two answers changes the verdict. "
         f"Calibration error: how far stated certainty is from how often it is right. Loss in nats.{cooler}{found}</p>\n"

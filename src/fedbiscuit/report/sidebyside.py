@@ -18,6 +18,7 @@ from fedbiscuit.report.comparison import (
     mean_and_interval,
     read_sections,
 )
+from fedbiscuit.report.reading import RunView
 from fedbiscuit.report.style import LIGHT
 from fedbiscuit.rundir import atomic_write
 
@@ -73,30 +74,11 @@ def _agreement(section: Section) -> Table:
         rows.append(_agreement_row(method, method.name, 0, "accuracy", "new clients, the best fitting selector"))
         if any("vote" in one for run in method.runs for one in run.selectors["clients"].values()):
             rows.append(_agreement_row(method, f"{method.name}, vote", 1, "vote", "new clients, vote of all selectors"))
-    longer = {run.cfg.seed: run for method in section.methods for run in method.runs}
-    held = {
-        seed: {client: one["baseline_longer"] for client, one in run.selectors["clients"].items()}
-        for seed, run in longer.items()
-    }
-    value, interval = mean_and_interval(held)
-    new = [_new(run, "new clients, the longer answer") for run in longer.values()]
-    rows.append(
-        (
-            "the longer answer",
-            str(len(held)),
-            _share(value),
-            _interval(interval),
-            "",
-            "",
-            "",
-            "",
-            "",
-            "",
-            _mean(new),
-            "",
-        )
-    )
-    return header, rows
+    rows += [
+        _baseline_row(section, "the base model, untrained", "baseline_raw", ""),
+        _baseline_row(section, "the longer answer", "baseline_longer", "new clients, the longer answer"),
+    ]
+    return header, [row for row in rows if row[1] != "0"]
 
 
 def _agreement_row(method: Method, name: str, place: int, key: str, new: str) -> tuple[str, ...]:
@@ -118,6 +100,22 @@ def _agreement_row(method: Method, name: str, place: int, key: str, new: str) ->
         _mean([_new(run, new, "new clients, one global selector") for run in method.runs]),
         " ".join(f"{value:.2f}" for value in rand),
     )
+
+
+def _baseline_row(section: Section, name: str, key: str, new: str) -> tuple[str, ...]:
+    """A rule that no run trains: the same in all runs of a seed that have it."""
+    runs = {run.cfg.seed: run for method in section.methods for run in method.runs if _has(run, key)}
+    by_seed = {
+        seed: {client: one[key] for client, one in run.selectors["clients"].items()} for seed, run in runs.items()
+    }
+    value, interval = mean_and_interval(by_seed) if by_seed else (0.0, None)
+    found = _mean([_new(run, new) for run in runs.values()])
+    each = " ".join(_share(mean(accuracies.values())) for accuracies in by_seed.values())
+    return (name, str(len(runs)), _share(value), _interval(interval), each, "", "", "", "", "", found, "")
+
+
+def _has(run: RunView, key: str) -> bool:
+    return all(key in one for one in run.selectors["clients"].values())
 
 
 def _new(run: Any, *names: str) -> float | None:

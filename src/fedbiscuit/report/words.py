@@ -39,6 +39,8 @@ def kind_of_run(run: RunView) -> str:
     chosen = run.cfg.selectors
     if chosen.local.objective != "choice":
         return f"federated {chosen.local.objective.upper()} of the policy itself (a baseline)"
+    if chosen.kind == "reward":
+        return f"FedRM: {count(run.num_adapters, 'reward model')}, trained as selectors are (a baseline)"
     if chosen.population == "centralized":
         return "one selector, trained on all data in one place (a baseline)"
     if chosen.population == "local":
@@ -81,6 +83,7 @@ def summary(run: RunView) -> list[str]:
         compared_with = [row for row in rows[1:] if row["name"] != "chance" and not row["name"].startswith(NEW)]
         others = [f"{percent(row['accuracy'], 0)} for {_with_the(row)}" for row in compared_with]
         who = "The selector" if run.num_adapters == 1 else "The selector of a client’s group"
+        who = "The policy’s implicit reward" if run.cfg.selectors.local.objective != "choice" else who
         who = "A client’s own selector" if run.cfg.selectors.population == "local" else who
         compared = f" (against {', '.join([*others, '50% for chance'])})"
         parts.append(
