@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fedbiscuit.backends.client import Memory, answer, policy_pair
+from fedbiscuit.backends.client import Memory, answer
 from fedbiscuit.data.partition import named_groups
 from fedbiscuit.evaluation.metrics import Judged, calibration, longer_answer, summarize
-from fedbiscuit.evaluation.selectors import (
-    ClientMargins,
-    fit_temperature,
-    judge_by_group,
-    judge_by_vote,
-    score_by_policy,
-    score_clients,
-)
+from fedbiscuit.evaluation.selectors import fit_temperature, judge_by_group, judge_by_vote, score_clients
 from fedbiscuit.federated.grouping import adjusted_rand_index, choose_seat
-from fedbiscuit.models.policy import implicit_margins
 from fedbiscuit.pipeline.answers import held_out_answers, kept, mean_words, moved, unit_of
 from fedbiscuit.pipeline.judges import check_judges, judges_of, verdicts
+from fedbiscuit.pipeline.scoring import held_out, scores_of
 from fedbiscuit.pipeline.session import Session, resolved
-from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, DataError, Grouping, Task, Weights
+from fedbiscuit.types import ClientId, ConfigError, DataError, Grouping, Task, Weights
 
 __all__ = ["evaluate_run"]
 
@@ -63,7 +55,7 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
     """
     cfg, run = session.cfg, session.run
     key, resamples = (cfg.seed, "test"), cfg.evaluation.bootstrap
-    test = _held_out(session, session.clients, "test")
+    test = held_out(session.clients, "test", cfg.evaluation.max_comparisons)
     if not test and cfg.selectors.local.objective == "sft":
         return None
     if not test:
@@ -79,7 +71,7 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
         session.progress("test", min(done, total), total, "comparisons")
 
     batch_size = cfg.evaluation.batch_size
-    scores = _scores(session, adapters, test, grouping if own_only else None, progress)
+    scores = scores_of(session, adapters, test, grouping if own_only else None, progress=progress)
     own = judge_by_group(scores, grouping)
     single = len(adapters) == 1
     temperature = _temperature(session, adapters, grouping)
@@ -101,7 +93,7 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
     untrained: dict[ClientId, Judged] = {}
     if cfg.evaluation.compare_raw:
         no_change = {name: torch.zeros_like(weights) for name, weights in adapters[0].items()}
-        untrained = judge_by_group(_scores(session, [no_change], test), dict.fromkeys(test, 0))
+        untrained = judge_by_group(scores_of(session, [no_change], test), dict.fromkeys(test, 0))
         rows.append(summarize(UNTRAINED, untrained, key, resamples))
     longer = {client: longer_answer(held) for client, held in test.items()}
     rows.append(summarize("the longer answer", longer, key, resamples))
@@ -140,40 +132,6 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
     }
 
 
-def _held_out(
-    session: Session, clients: Mapping[ClientId, ClientData], part: Literal["validation", "test"]
-) -> dict[ClientId, tuple[Comparison, ...]]:
-    """Every client's comparisons of that part, so many as are judged; single good answers are nothing to choose from."""
-    limit = session.cfg.evaluation.max_comparisons or None
-    held = {
-        client: tuple(one for one in getattr(data, part) if one.output_b)[:limit] for client, data in clients.items()
-    }
-    return {client: comparisons for client, comparisons in held.items() if comparisons}
-
-
-def _scores(
-    session: Session,
-    adapters: Sequence[Weights],
-    comparisons: Mapping[ClientId, Sequence[Comparison]],
-    only: Grouping | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> dict[ClientId, ClientMargins]:
-    """Margins on every client's comparisons: of the selectors, or of the one policy that was trained in their place."""
-    cfg = session.cfg
-    if session.trains:
-        return score_clients(
-            session.selector, adapters, comparisons, only, cfg.evaluation.batch_size, progress=progress
-        )
-    lm = session.lm
-    lm.put_adapter(adapters[0])
-
-    def margins(batch: Sequence[Comparison]) -> Tensor:
-        pairs = [policy_pair(one.prompt, one.output_a, one.output_b, session.desk) for one in batch]
-        return implicit_margins(lm, pairs, cfg.selectors.local.dpo_beta)
-
-    return score_by_policy(margins, comparisons, cfg.evaluation.batch_size, progress)
-
-
 def _grouping(session: Session, folder: str) -> dict[ClientId, int]:
     """The groups for which the selectors in ``folder`` were trained; everybody in group 0 where there is one selector."""
     clients = session.clients
@@ -189,8 +147,8 @@ def _grouping(session: Session, folder: str) -> dict[ClientId, int]:
 
 def _temperature(session: Session, adapters: Sequence[Weights], grouping: Grouping) -> float | None:
     """The temperature that fits the own group's selectors to the validation comparisons; the experimenter's number."""
-    held = _held_out(session, session.clients, "validation")
-    return fit_temperature(_scores(session, adapters, held, grouping), grouping)
+    held = held_out(session.clients, "validation", session.cfg.evaluation.max_comparisons)
+    return fit_temperature(scores_of(session, adapters, held, grouping), grouping)
 
 
 def _judge_new_clients(session: Session, adapters: Sequence[Weights]) -> dict[str, dict[ClientId, Judged]]:
@@ -200,10 +158,10 @@ def _judge_new_clients(session: Session, adapters: Sequence[Weights]) -> dict[st
     least loss; it trains nothing.
     """
     cfg = session.cfg
-    test = _held_out(session, session.new_clients, "test")
+    test = held_out(session.new_clients, "test", cfg.evaluation.max_comparisons)
     if not test:
         return {}
-    scores = _scores(session, adapters, test)
+    scores = scores_of(session, adapters, test)
     seats = dict.fromkeys(test, 0)
     for client in test if len(adapters) > 1 else ():
         task, memory = Task("evaluate", client, cfg.selectors.rounds, dict(enumerate(adapters))), Memory()

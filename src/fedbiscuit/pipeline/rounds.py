@@ -8,10 +8,11 @@ from typing import Any
 from fedbiscuit.config import FederatedSettings
 from fedbiscuit.data.partition import pooled
 from fedbiscuit.evaluation.metrics import summarize
-from fedbiscuit.evaluation.selectors import judge_by_group, score_clients
+from fedbiscuit.evaluation.selectors import judge_by_group
 from fedbiscuit.federated.algorithm import assign, fedbiscuit_round, init_state
 from fedbiscuit.models.cards import baseline_card, reward_card, selector_card
 from fedbiscuit.pipeline.devices import backend_for
+from fedbiscuit.pipeline.scoring import held_out, scores_of
 from fedbiscuit.pipeline.session import Session, resolved
 from fedbiscuit.types import ClientData, ClientId, RoundRecord, ServerState, Weights
 
@@ -75,14 +76,11 @@ def _validate(
     session: Session, state: ServerState, clients: Mapping[ClientId, ClientData], settings: FederatedSettings
 ) -> dict[str, Any]:
     """Validation metrics with the selector of each client's own group: read by the experimenter, who holds all the data."""
-    limit = settings.eval_comparisons or None
-    held = {client: data.validation[:limit] for client, data in clients.items() if data.validation}
-    if settings.local.objective != "choice" or not held:
+    held = held_out(clients, "validation", settings.eval_comparisons)
+    if not held:
         return {}
     grouping = assign(sorted(held), state.round - 1, state.grouping, settings)
-    scores = score_clients(
-        session.selector, state.adapters, held, grouping, session.cfg.evaluation.batch_size, keep=True
-    )
+    scores = scores_of(session, state.adapters, held, grouping, keep=True)
     judged = judge_by_group(scores, grouping)
     row = summarize("validation", judged, (session.cfg.seed, "validation", state.round))
     kept = {key: row[key] for key in ("loss", "accuracy", "accuracy_comparisons", "flip_rate", "calibration_error")}
