@@ -228,3 +228,44 @@ def test_what_is_wrong_with_a_config_that_is_extended_is_told_where_it_stands(tm
     (tmp_path / "own.yaml").write_text(own)
     with pytest.raises(ConfigError, match=told):
         load_config(tmp_path / "own.yaml")
+
+
+BASELINES = sorted((Path(__file__).resolve().parents[2] / "configs" / "baselines").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baseline_is_its_set_with_the_changes_that_its_name_tells(path):
+    cfg = load_config(path)
+    family, _, method = path.stem.partition("-")
+    under = load_config(path.parents[1] / f"{family}.yaml")
+    assert cfg.name == path.stem
+    if not cfg.labels.selectors:
+        assert cfg.data == under.data
+    chosen, per_round = cfg.selectors, {"tldr": 53, "convarg": 58, "two_camps": 34}.get(family, 0)
+    expected = {
+        "fedbis": chosen.num_adapters == 1 and cfg.evaluation.compare_raw,
+        "fedbiscuit-u3": chosen.num_adapters == 3,
+        "fedbiscuit-u5": chosen.num_adapters == 5,
+        "fedrm": chosen.kind == "reward",
+        "centralized": chosen.population == "centralized",
+        "local": chosen.population == "local",
+        "feddpo": chosen.local.objective == "dpo" and cfg.policy_model is None,
+        "fedavg-sft": chosen.local.objective == "sft" and cfg.policy_model is None,
+        "told": chosen.grouping == "fixed",
+        "four-completions": cfg.generation.num_completions == 4 and cfg.labels.selectors == f"runs/{family}",
+        "safe-prompts": cfg.data.prompts == "data/safe_rlhf" and cfg.labels.selectors == "runs/shp",
+    }
+    assert expected[method]
+    budget = load_config(path.with_name(f"{family}-fedbis.yaml")).selectors
+    clients = {"centralized": 1, "local": per_round}.get(method, chosen.cohort_size)
+    if not cfg.labels.selectors and "-u" not in method and method != "told":
+        seen, wanted = (
+            rounds * cohort * local.steps
+            for rounds, cohort, local in (
+                (chosen.rounds, clients, chosen.local),
+                (budget.rounds, budget.cohort_size, budget.local),
+            )
+        )
+        assert abs(seen / wanted - 1) < 0.07  # of optimizer steps, and so of comparisons
+    page = (path.parents[2] / "docs" / "baselines.md").read_text()
+    assert f"`{method}`" in page
