@@ -512,6 +512,21 @@ def test_new_clients_take_part_in_nothing_and_are_served_all_the_same(tmp_path, 
     assert json.loads((run / "left_out.json").read_text())["new_clients"] == 2
 
 
+def test_comparisons_that_do_not_fit_are_left_out_and_told_once(tmp_path, tiny_model, caplog):
+    rows = [json.loads(line) for line in write_world(tmp_path / "world.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        if row["split"] == "train" and i % 3 == 0:
+            row["output_a"] += " and so on" * 200
+    (tmp_path / "world.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pipeline.open_session(settings(tmp_path, tiny_model), False, pipeline.silent) as session:
+        held = sum(len(data.train) for data in session.clients.values())
+    assert held == 48 - 16
+    assert session.left_out["comparisons whose two answers do not fit max_tokens"] == 16
+    told = [message for message in caplog.messages if "do not fit" in message]
+    assert len(told) == 1
+    assert told[0].startswith("comparisons left out because their two answers do not fit data.max_tokens=200: 16 (")
+
+
 def test_groups_that_the_data_names_can_be_told(tmp_path, tiny_model):
     changes = ("selectors.grouping=fixed", "selectors.warmup_rounds=0", "evaluation.compare_global=false")
     run = pipeline.train_selectors(settings(tmp_path, tiny_model, *changes))

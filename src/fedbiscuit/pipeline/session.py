@@ -41,6 +41,7 @@ class Session:
     progress: Progress
     left_out: dict[str, int] = field(default_factory=dict)
     shortened: int = 0
+    too_long: list[str] = field(default_factory=list)
     devices: int = 1
     models: dict[tuple[ModelSettings, bool], LM] = field(default_factory=dict)
     tracking: Tracking = field(default_factory=Tracking)
@@ -111,6 +112,11 @@ class Session:
         for client, data in self.dataset.clients.items():
             parts = [self._fitting(part) for part in (self._short(data.train), data.validation, data.test)]
             fitting[client] = ClientData(*parts)
+        if self.too_long:
+            self.left_out["comparisons whose two answers do not fit max_tokens"] = len(self.too_long)
+            first = ", ".join(self.too_long[:5]) + (", ..." if len(self.too_long) > 5 else "")
+            told = f"data.max_tokens={self.cfg.data.max_tokens}: {len(self.too_long)} ({first})"
+            log.warning("comparisons left out because their two answers do not fit %s", told)
         if self.shortened:
             total = sum(len(d.train) + len(d.validation) + len(d.test) for d in fitting.values())
             share = f"{self.shortened} of {total} comparisons ({self.shortened / total:.0%})"
@@ -184,12 +190,7 @@ class Session:
     def _fitting(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
         encoded, too_long = self.selector.encode(comparisons)
         self.shortened += sum(item.cut > 0 for item in encoded)
-        if too_long:
-            reason = "comparisons whose two answers do not fit max_tokens"
-            self.left_out[reason] = self.left_out.get(reason, 0) + len(too_long)
-            log.warning(
-                "left out, its answers do not fit data.max_tokens: %s", ", ".join(str(c.id) for c in too_long[:5])
-            )
+        self.too_long += [str(comparison.id) for comparison in too_long]
         longer = {id(comparison) for comparison in too_long}
         return tuple(comparison for comparison in comparisons if id(comparison) not in longer)
 
