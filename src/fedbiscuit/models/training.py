@@ -99,7 +99,7 @@ def shares(items: Sequence[T], size: int, devices: int) -> list[list[tuple[int, 
     """For each device its numbered micro-batches: whole ones, of ``size`` items, or where they are too few an even part."""
     cuts = [*range(0, len(items), size), len(items)]
     if len(cuts) <= devices:
-        cuts = [len(items) * k // devices for k in range(devices + 1)]
+        cuts = [-(-len(items) * k // devices) for k in range(devices + 1)]  # rounded up: the first has some always
     numbered = [(number, items[start:end]) for number, (start, end) in enumerate(pairwise(cuts))]
     return [[(number, batch) for number, batch in numbered[k::devices] if batch] for k in range(devices)]
 

@@ -27,7 +27,7 @@ def backend_for(session: Session, clients: Mapping[ClientId, ClientData]) -> Ite
 def helpers_for(session: Session, work: str, device: str, count: int) -> Iterator[list[Helper]]:
     """Beside this process, which works on ``device``, one for each device more, ``count`` in all; they end with the context."""
     names = device_names(device, count) if count > 1 else []
-    command = [sys.executable, "-m", "fedbiscuit.pipeline.helper", str(session.run.path), work]
+    command = [sys.executable, "-W", "ignore", "-m", "fedbiscuit.pipeline.helper", str(session.run.path), work]
     with contextlib.ExitStack() as stack:
         helpers = []
         for name in names[1:]:

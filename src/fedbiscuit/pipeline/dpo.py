@@ -103,7 +103,7 @@ class Whole:
     def reference(self) -> Tensor:
         """(pairs, 2)"""
         size, num_pairs = self.here.settings.batch_size, len(self.here.pairs)
-        split = shares(range(num_pairs), size, 1 + len(self.helpers))
+        split = shares(list(range(num_pairs)), size, 1 + len(self.helpers))
         found = torch.empty(num_pairs, 2)
 
         def part(place: int) -> None:
