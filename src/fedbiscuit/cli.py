@@ -60,7 +60,7 @@ Gpus = Annotated[
     int,
     Parameter(
         validator=validators.Number(gte=1, lte=64),
-        help="spread the clients of a round over so many GPUs, or processes where there is none",
+        help="spread the clients of a round, and the pairs of a DPO step, over so many GPUs, or processes where there is none",
     ),
 ]
 Resume = Annotated[
@@ -132,7 +132,7 @@ def label(config: Source, /, *overrides: Overrides, selector: Selector = None) -
 
 
 @app.command(sort_key=4)
-def align(config: Source, /, *overrides: Overrides, selector: Selector = None) -> None:
+def align(config: Source, /, *overrides: Overrides, selector: Selector = None, gpus: Gpus = 1) -> None:
     """Fine-tune the policy on the selectors' choices by DPO (after label).
 
     With the selectors of another run it needs no training before, and labels by itself.
@@ -145,7 +145,7 @@ def align(config: Source, /, *overrides: Overrides, selector: Selector = None) -
     from fedbiscuit.terminal import ProgressLines
 
     with ProgressLines() as progress:
-        run_dir = pipeline.align(cfg, progress=progress)
+        run_dir = pipeline.align(cfg, progress=progress, devices=gpus)
     _say_next(run_dir, "evaluate", "policy")
 
 
@@ -522,7 +522,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank != "0":
             print(f"process {rank} of {count} ends: the first one spreads the work by itself", file=sys.stderr)
             return 0
-        if words[:1] in (["run"], ["train"]) and not any(word.partition("=")[0] == "--gpus" for word in words):
+        if words[:1] in (["run"], ["train"], ["align"]) and not any(
+            word.partition("=")[0] == "--gpus" for word in words
+        ):
             words += ["--gpus", count]
     try:
         with _signals(), _quiet_libraries():

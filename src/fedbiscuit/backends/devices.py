@@ -1,54 +1,61 @@
-"""Several devices of one machine: the clients of a round are spread over processes, each with an LM of its own.
+"""Several devices of one machine: work is spread over processes, each with an LM of its own.
 
-One of them is this process; the others answer tasks over a socket, as bytes (``wire.py``). Which process answers makes no
-difference to the answer, but for a client's scores of the adapters: these stay in the process that made them, so a client
-scores and takes its seat always in the same one.
+One of them is this process; the others answer messages over a socket, as bytes (``wire.py``). Of the clients of a round it
+makes no difference which process answers, but for a client's scores of the adapters: these stay in the process that made them,
+so a client scores and takes its seat always in the same one.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import socket
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from fedbiscuit.backends.inprocess import InProcessBackend
-from fedbiscuit.backends.wire import MAX_BYTES, pack_reply, pack_task, unpack_reply, unpack_task
+from fedbiscuit.backends.wire import MAX_BYTES, pack_task, unpack_reply
 from fedbiscuit.types import ClientId, EnvironmentFault, Reply, Task
 
-__all__ = ["Helper", "SeveralDevices", "serve"]
+__all__ = ["Helper", "SeveralDevices", "serve", "together"]
+
+T = TypeVar("T")
 
 
 class Helper:
-    """Another process that answers tasks. ``command`` starts it; it finds the number of its socket as the last word."""
+    """Another process that answers messages. ``command`` starts it; it finds the number of its socket as the last word.
+
+    It has a session of its own: Ctrl-C is for this process alone, and it ends with its socket.
+    """
 
     def __init__(self, command: Sequence[str], name: str):
         self.name = name
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen([*command, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+            self._process = subprocess.Popen(
+                [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True
+            )
         self._socket = ours
 
-    def ask(self, task: Task) -> Reply:
+    def ask(self, message: bytes) -> bytes:
         """Its reply. ``EnvironmentFault`` where it is gone."""
-        try:
-            _send(self._socket, pack_task(task))
-            data = _receive(self._socket)
-        except OSError:
-            data = None
+        with contextlib.suppress(OSError):  # nobody is there to reply either
+            _send(self._socket, message)
+        data = _receive(self._socket)
         if data is None:
             raise EnvironmentFault(
                 f"the process for {self.name} has ended with code {self._end()} (its own message is above); "
-                "go on with --resume, or on fewer devices"
+                "nothing that was saved is lost: the same command goes on from there (run and train with --resume), "
+                "also with another --gpus"
             )
-        return unpack_reply(data)
+        return data
 
     def stop(self) -> None:
-        """Wake whoever waits for its reply, from another thread."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        """End it at once, from any thread: whoever waits for its reply wakes up."""
+        self._process.kill()
 
     def close(self) -> None:
         """End it: without its socket it stops by itself."""
@@ -85,40 +92,72 @@ class SeveralDevices:
             if task.kind != "train":
                 own[self._home.get(task.client, 0)].append(i)
         replies: dict[int, Reply] = {}
-        faults: list[BaseException] = []
+
+        def take(place: int) -> int | None:
+            try:
+                return own[place].popleft() if own[place] else anyone.popleft()
+            except IndexError:
+                return None
 
         def work(place: int) -> None:
             try:
-                while not faults:
-                    try:
-                        i = own[place].popleft() if own[place] else anyone.popleft()
-                    except IndexError:
-                        return
+                while (i := take(place)) is not None:
                     replies[i] = self._ask(place, tasks[i])
-            except BaseException as fault:
-                faults.append(fault)
-                for helper in self._helpers:  # nobody waits for the others' tasks, not after Ctrl-C either
-                    helper.stop()
+            except BaseException:  # the others take no more
+                for tasks_left in (anyone, *own):
+                    tasks_left.clear()
+                raise
 
-        threads = [threading.Thread(target=work, args=(place,), daemon=True) for place in range(1, len(own))]
-        for thread in threads:
-            thread.start()
-        work(0)
-        for thread in threads:
-            thread.join()
-        if faults:
-            raise faults[0]
+        together(work, self._helpers)
         return [replies[i] for i in range(len(tasks))]
 
     def _ask(self, place: int, task: Task) -> Reply:
-        return self._helpers[place - 1].ask(task) if place else self._here.run([task])[0]
+        return unpack_reply(self._helpers[place - 1].ask(pack_task(task))) if place else self._here.run([task])[0]
 
 
-def serve(number: int, backend: InProcessBackend) -> None:
-    """Answer tasks from a socket until the other side closes it."""
-    with socket.socket(fileno=number) as connection, contextlib.suppress(OSError):
+def together(work: Callable[[int], T], helpers: Sequence[Helper]) -> list[T]:
+    """What ``work(0)`` gives, here, and at the same time ``work(1)``, ``work(2)``.. with a helper each.
+
+    The first fault ends all helpers and is raised: nobody waits for the work of others, not after Ctrl-C either.
+    """
+    done: dict[int, T] = {}
+    faults: list[BaseException] = []
+
+    def guarded(act: Callable[[], None]) -> None:
+        try:
+            act()
+        except BaseException as fault:
+            faults.append(fault)
+            for helper in helpers:
+                helper.stop()
+
+    def one(place: int) -> None:
+        done[place] = work(place)
+
+    def here() -> None:
+        one(0)
+        for thread in threads:
+            thread.join()
+
+    threads = [
+        threading.Thread(target=guarded, args=(functools.partial(one, place),), daemon=True)
+        for place in range(1, 1 + len(helpers))
+    ]
+    for thread in threads:
+        thread.start()
+    guarded(here)
+    if faults:
+        raise faults[0]
+    return [done[place] for place in range(1 + len(helpers))]
+
+
+def serve(number: int, answer: Callable[[bytes], bytes]) -> None:
+    """Answer messages from a socket until the other side closes it."""
+    with socket.socket(fileno=number) as connection:
         while (data := _receive(connection)) is not None:
-            _send(connection, pack_reply(backend.run([unpack_task(data)])[0]))
+            reply = answer(data)
+            with contextlib.suppress(OSError):
+                _send(connection, reply)
 
 
 def _send(connection: socket.socket, data: bytes) -> None:
@@ -137,7 +176,10 @@ def _exactly(connection: socket.socket, size: int) -> bytes | None:
     data = bytearray(size)
     view, got = memoryview(data), 0
     while got < size:
-        count = connection.recv_into(view[got:])
+        try:
+            count = connection.recv_into(view[got:])
+        except OSError:
+            return None
         if count == 0:
             return None
         got += count

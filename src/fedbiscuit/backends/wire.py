@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedbiscuit.types import FederationError, LocalTraining, Reply, Task, Weights
 
-__all__ = ["MAX_BYTES", "pack_reply", "pack_task", "unpack_reply", "unpack_task"]
+__all__ = ["MAX_BYTES", "pack", "pack_reply", "pack_task", "unpack", "unpack_reply", "unpack_task"]
 
 MAX_BYTES = 2**31
 """The largest message that is read. A LoRA adapter of a 70-billion model is below one gigabyte."""
@@ -44,18 +44,18 @@ def pack_task(task: Task) -> bytes:
         "share_losses": task.share_losses,
         "adapters": sorted(adapters),
     }
-    return _packed(header, {f"{u}/{name}": t for u, weights in adapters.items() for name, t in weights.items()})
+    return pack(header, {f"{u}/{name}": t for u, weights in adapters.items() for name, t in weights.items()})
 
 
 def pack_reply(reply: Reply) -> bytes:
     """A reply with its delta."""
     header = {key: getattr(reply, key) for key in sorted(REPLY_KEYS)} | {"metrics": dict(reply.metrics)}
-    return _packed(header | {"has_delta": reply.delta is not None}, dict(reply.delta or {}))
+    return pack(header | {"has_delta": reply.delta is not None}, dict(reply.delta or {}))
 
 
 def unpack_task(data: bytes) -> Task:
     """The task in a message; ``FederationError`` says what is wrong with it."""
-    header, tensors = _unpacked(data, TASK_KEYS)
+    header, tensors = unpack(data, TASK_KEYS)
     kind = _one(header, "kind", lambda value: value in ("train", "evaluate", "seat"))
     adapters: dict[int, Weights] = {}
     for name, tensor in tensors.items():
@@ -80,7 +80,7 @@ def unpack_task(data: bytes) -> Task:
 
 def unpack_reply(data: bytes) -> Reply:
     """The reply in a message; ``FederationError`` says what is wrong with it."""
-    header, tensors = _unpacked(data, REPLY_KEYS | {"has_delta"})
+    header, tensors = unpack(data, REPLY_KEYS | {"has_delta"})
     has_delta = _one(header, "has_delta", lambda value: isinstance(value, bool))
     if tensors and not has_delta:
         raise FederationError("message: tensors in a reply that has no delta")
@@ -96,12 +96,14 @@ def unpack_reply(data: bytes) -> Reply:
     )
 
 
-def _packed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+def pack(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """JSON values and tensors as one message."""
     whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     return save(whole, {KEY: json.dumps(header, allow_nan=False, sort_keys=True)})
 
 
-def _unpacked(data: bytes, keys: set[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def unpack(data: bytes, keys: set[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The values, of these keys, and the tensors in a message; ``FederationError`` says what is wrong with it."""
     if len(data) > MAX_BYTES:
         raise FederationError(f"message: {len(data)} bytes; at most {MAX_BYTES} are read")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -12,37 +13,53 @@ from torch import Tensor
 from fedbiscuit.models.lm import LM
 from fedbiscuit.types import FedbiscuitError, LocalTraining, Weights, seed_for
 
-__all__ = ["load_optimizer", "lr_factor", "make_optimizer", "optimizer_tensors", "stream", "train"]
+__all__ = [
+    "add_gradient",
+    "descend",
+    "load_optimizer",
+    "lr_factor",
+    "make_optimizer",
+    "optimizer_tensors",
+    "shares",
+    "stream",
+    "train",
+]
 
 T = TypeVar("T")
 
 
 def train(
     lm: LM,
-    batches: Callable[[int], Sequence[T]],
-    loss: Callable[[T], tuple[Tensor, dict[str, float]]],
+    batches: Callable[[int], Sequence[Sequence[T]]],
+    loss: Callable[[Sequence[T]], tuple[Tensor, dict[str, float]]],
     how: LocalTraining,
     key: tuple[object, ...],
     optimizer: torch.optim.Optimizer,
     first_step: int = 0,
 ) -> Iterator[dict[str, float]]:
-    """Train the adapter in the slot; yields the metrics of each optimizer step, as means over its micro-batches.
+    """Train the adapter in the slot; yields the metrics of each optimizer step, as means over its items.
 
-    ``batches(step)`` gives the micro-batches of a step, ``loss`` the mean loss of one and what to report. Dropout is a
-    function of (key, step), so a training that is resumed at ``first_step`` equals one that never stopped.
+    ``batches(step)`` gives the micro-batches of a step, ``loss`` the mean loss of one and what to report.
     """
+
+    def gradient(step: int) -> dict[str, float]:
+        taken = batches(step)
+        return add_gradient(lm, list(enumerate(taken)), sum(map(len, taken)), loss, (*key, step))
+
+    return descend(gradient, how, optimizer, first_step)
+
+
+def descend(
+    gradient: Callable[[int], dict[str, float]],
+    how: LocalTraining,
+    optimizer: torch.optim.Optimizer,
+    first_step: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Optimizer steps; yields the report of each. ``gradient(step)`` leaves the gradient in the parameters and reports."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)  # a client that failed half-way leaves its gradients in the shared slot
     for step in range(first_step, how.steps):
-        lm.model.train()
-        torch.manual_seed(seed_for(*key, step))
-        micro_batches = batches(step)
-        report: dict[str, float] = {"loss": 0.0}
-        for batch in micro_batches:
-            value, extra = loss(batch)
-            (value / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
-            for name, number in {"loss": float(value.detach()), **extra}.items():
-                report[name] = report.get(name, 0.0) + number / len(micro_batches)
+        report = gradient(step)
         for group in optimizer.param_groups:
             group["lr"] = how.lr * lr_factor(step, how)
         norm = torch.nn.utils.clip_grad_norm_(parameters, how.max_grad_norm or float("inf"))
@@ -50,8 +67,41 @@ def train(
             raise FedbiscuitError(f"step {step}: the gradient is not finite; lower the learning rate (lr {how.lr:g})")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        lm.model.eval()
         yield report
+
+
+def add_gradient(
+    lm: LM,
+    batches: Sequence[tuple[int, Sequence[T]]],
+    total: int,
+    loss: Callable[[Sequence[T]], tuple[Tensor, dict[str, float]]],
+    key: tuple[object, ...],
+) -> dict[str, float]:
+    """Add to the gradient what these micro-batches bring to the mean over a step of ``total`` items; the same of the report.
+
+    Each comes with its number in the step. Dropout is a function of (key, number): a training that is resumed equals one that
+    never stopped, and which process computes a micro-batch does not matter.
+    """
+    report: dict[str, float] = {"loss": 0.0}
+    lm.model.train()
+    for number, batch in batches:
+        torch.manual_seed(seed_for(*key, number))
+        value, extra = loss(batch)
+        parts = total / len(batch)
+        (value / parts).backward()  # type: ignore[no-untyped-call]
+        for name, found in {"loss": float(value.detach()), **extra}.items():
+            report[name] = report.get(name, 0.0) + found / parts
+    lm.model.eval()
+    return report
+
+
+def shares(items: Sequence[T], size: int, devices: int) -> list[list[tuple[int, Sequence[T]]]]:
+    """For each device its numbered micro-batches: whole ones, of ``size`` items, or where they are too few an even part."""
+    cuts = [*range(0, len(items), size), len(items)]
+    if len(cuts) <= devices:
+        cuts = [-(-len(items) * k // devices) for k in range(devices + 1)]  # rounded up: the first has some always
+    numbered = [(number, items[start:end]) for number, (start, end) in enumerate(pairwise(cuts))]
+    return [[(number, batch) for number, batch in numbered[k::devices] if batch] for k in range(devices)]
 
 
 def lr_factor(step: int, how: LocalTraining) -> float:

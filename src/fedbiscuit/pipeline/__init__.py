@@ -38,7 +38,7 @@ __all__ = [
 def run_all(cfg: Config, resume: bool = False, progress: Progress = silent, devices: int = 1) -> Path:
     """Everything: train selectors, generate, label, align, evaluate. Returns the run folder.
 
-    ``devices``: over how many of this machine the clients of a round are spread.
+    ``devices``: over how many of this machine the clients of a round, and the pairs of a DPO step, are spread.
     """
     with open_session(cfg, resume, progress, devices) as session:
         labels = cfg.selectors.local.objective == "choice"
@@ -70,21 +70,23 @@ def label(cfg: Config, progress: Progress = silent) -> Path:
         return session.run.path
 
 
-def align(cfg: Config, progress: Progress = silent) -> Path:
+def align(cfg: Config, progress: Progress = silent, devices: int = 1) -> Path:
     """Fine-tune the policy on ``preferences.jsonl`` by DPO; leaves ``policy/``.
 
     A run that takes the selectors of another one is labeled first, where that has not been done.
     """
-    with _opened(cfg, progress) as session:
+    with _opened(cfg, progress, devices) as session:
         if cfg.labels.selectors:
             write_and_label(session)
         align_policy(session)
         return session.run.path
 
 
-def _opened(cfg: Config, progress: Progress) -> contextlib.AbstractContextManager[Session]:
+def _opened(cfg: Config, progress: Progress, devices: int = 1) -> contextlib.AbstractContextManager[Session]:
     """A run that exists, or one that begins with labeling because its selectors are those of another run."""
-    return open_session(cfg, True, progress) if cfg.labels.selectors else open_run(cfg, progress)
+    if cfg.labels.selectors:
+        return open_session(cfg, True, progress, devices)
+    return open_run(cfg, progress, devices)
 
 
 def evaluate(cfg: Config, progress: Progress = silent, checkpoints: bool = False) -> Path:

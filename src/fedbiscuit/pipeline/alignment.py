@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
-
-import torch
 
 from fedbiscuit.models.cards import policy_card
-from fedbiscuit.models.policy import Pair, pair_dpo_loss, reference_log_probs
-from fedbiscuit.models.training import load_optimizer, make_optimizer, optimizer_tensors, stream, train
+from fedbiscuit.models.training import descend, load_optimizer, make_optimizer, optimizer_tensors
+from fedbiscuit.pipeline.devices import helpers_for
+from fedbiscuit.pipeline.dpo import Part, Whole
 from fedbiscuit.pipeline.session import Session
-from fedbiscuit.types import ConfigError
 
 __all__ = ["align_policy"]
 
+log = logging.getLogger("fedbiscuit")
+
 
 def align_policy(session: Session) -> None:
-    """DPO on the labels, from the last saved step; the reference's log-probabilities are computed once and kept."""
-    run, cfg, lm = session.run, session.cfg, session.policy_lm
-    rows = run.read_lines("preferences.jsonl")
-    if not rows:
-        raise ConfigError(f"{run.path}: no preferences.jsonl to align on; run `fedbiscuit label {run.path}` first")
-    how, settings, seed = cfg.alignment.as_local(), cfg.alignment, cfg.seed
-    prompts = {
-        prompt: lm.chat_prompt(prompt, cfg.generation.system, cfg.generation.chat)
-        for prompt in {r["prompt"] for r in rows}
-    }
-    pairs = [
-        Pair(
-            prompts[row["prompt"]], tuple(row["chosen_token_ids"]), tuple(row["rejected_token_ids"]), row["probability"]
+    """DPO on the labels, over ``session.devices`` devices where a step has so many pairs."""
+    part = Part.of(session.cfg, session.run, session.policy_lm)
+    count = min(session.devices, part.per_step)
+    if count < session.devices:
+        log.warning(
+            "alignment: a step has %d pairs, so it uses %d of %d devices; raise alignment.batch_size or grad_accum",
+            part.per_step,
+            count,
+            session.devices,
         )
-        for row in rows
-    ]
+    device = (session.cfg.policy_model or session.cfg.model).device
+    with helpers_for(session, "dpo", device, count) as helpers:
+        _align(session, Whole(part, helpers))
+
+
+def _align(session: Session, dpo: Whole) -> None:
+    """Steps, from the last saved one to the end; the reference's log-probabilities are computed once and kept."""
+    run, lm, settings, seed = session.run, session.policy_lm, session.cfg.alignment, session.cfg.seed
+    how, num_pairs = settings.as_local(), len(dpo.here.pairs)
     found = run.load_state("policy")
     lm.put_adapter(found[1]["policy"] if found else lm.new_adapter(seed, "policy"))
     optimizer = make_optimizer(list(lm.trainable().values()), how)
@@ -43,18 +46,9 @@ def align_policy(session: Session) -> None:
         load_optimizer(optimizer, found[1]["optimizer"])
     else:
         run.discard("checkpoints", "step-*")  # of an earlier start, maybe with other settings
-        session.progress("reference", 1, 1, f"{len(pairs)} pairs")
-        reference = reference_log_probs(lm, pairs, settings.batch_size)
+        session.progress("reference", 1, 1, f"{num_pairs} pairs")
+        reference = dpo.reference()
     run.keep_lines("alignment.jsonl", first_step)
-    per_step = how.batch_size * how.grad_accum
-
-    def batches(step: int) -> list[list[int]]:
-        taken = stream(range(len(pairs)), step * per_step, per_step, (seed, "dpo order"))
-        return [taken[i : i + how.batch_size] for i in range(0, per_step, how.batch_size)]
-
-    def loss(batch: Sequence[int]) -> tuple[torch.Tensor, dict[str, float]]:
-        chosen: list[Pair] = [pairs[i] for i in batch]
-        return pair_dpo_loss(lm, chosen, reference[list(batch)], settings.beta, settings.soft_labels)
 
     def save(step: int) -> None:
         tensors = {
@@ -65,21 +59,20 @@ def align_policy(session: Session) -> None:
         run.save_state("policy", step, tensors, {})
 
     started = time.monotonic()
-    for step, report in enumerate(
-        train(lm, batches, loss, how, (seed, "dpo dropout"), optimizer, first_step), first_step + 1
-    ):
+    steps = descend(lambda step: dpo.gradient(step, reference), how, optimizer, first_step)
+    for step, report in enumerate(steps, first_step + 1):
         row = {"step": step, **report}
         run.append_lines("alignment.jsonl", [row])
         session.tracking.forward("alignment", row)
         if settings.keep_every and step % settings.keep_every == 0:
-            _save_policy(session, f"checkpoints/step-{step:06d}/policy", step, len(rows))
+            _save_policy(session, f"checkpoints/step-{step:06d}/policy", step, num_pairs)
         if step % settings.save_every == 0 or step == how.steps:
             save(step)
             seconds = time.monotonic() - started
             run.append_lines("timings.jsonl", [{"stage": "alignment", "step": step, "seconds": seconds}])
             started = time.monotonic()
         session.progress("alignment", step, how.steps, f"loss {report['loss']:.3f}, margin {report['margin']:+.3f}")
-    _save_policy(session, "policy", how.steps, len(rows))
+    _save_policy(session, "policy", how.steps, num_pairs)
 
 
 def _save_policy(session: Session, folder: str, step: int, num_pairs: int) -> None:

@@ -1,4 +1,4 @@
-"""Where the clients of a run are answered: in this process, or spread over several devices of this machine."""
+"""Where the work of a run is done: in this process, or spread over several devices of this machine."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from fedbiscuit.models.lm import device_names
 from fedbiscuit.pipeline.session import Session
 from fedbiscuit.types import Backend, ClientData, ClientId
 
-__all__ = ["backend_for"]
+__all__ = ["backend_for", "helpers_for"]
 
 
 @contextlib.contextmanager
 def backend_for(session: Session, clients: Mapping[ClientId, ClientData]) -> Iterator[Backend]:
     """The backend of a run in one process, over ``session.devices`` devices where there is more than one client."""
     here = InProcessBackend(session.desk, clients)
-    count = min(session.devices, len(clients))
-    if count < 2:
-        yield here
-        return
-    names = device_names(session.cfg.model.device, count)
-    command = [sys.executable, "-m", "fedbiscuit.pipeline.helper", str(session.run.path)]
+    with helpers_for(session, "clients", session.cfg.model.device, min(session.devices, len(clients))) as helpers:
+        yield SeveralDevices(here, helpers) if helpers else here
+
+
+@contextlib.contextmanager
+def helpers_for(session: Session, work: str, device: str, count: int) -> Iterator[list[Helper]]:
+    """Beside this process, which works on ``device``, one for each device more, ``count`` in all; they end with the context."""
+    names = device_names(device, count) if count > 1 else []
+    command = [sys.executable, "-W", "ignore", "-m", "fedbiscuit.pipeline.helper", str(session.run.path), work]
     with contextlib.ExitStack() as stack:
         helpers = []
         for name in names[1:]:
             helpers.append(Helper([*command, name], name))
             stack.callback(helpers[-1].close)
-        yield SeveralDevices(here, helpers)
+        yield helpers

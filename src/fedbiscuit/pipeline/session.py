@@ -209,7 +209,7 @@ class Session:
 def open_session(cfg: Config, resume: bool, progress: Progress, devices: int = 1) -> Iterator[Session]:
     """Load the data, lock the run folder, check that it belongs to these settings and data, write both down.
 
-    ``devices``: over how many of this machine the clients of a round are spread.
+    ``devices``: over how many of this machine the work of training is spread.
     """
     check_installed(cfg.trackers)
     dataset = load(cfg.data, cfg.seed)
@@ -244,12 +244,12 @@ def _check_objective(cfg: Config, dataset: Dataset) -> None:
         )
 
 
-def open_run(cfg: Config, progress: Progress) -> contextlib.AbstractContextManager[Session]:
+def open_run(cfg: Config, progress: Progress, devices: int = 1) -> contextlib.AbstractContextManager[Session]:
     """A run that exists, to go on in it with a later stage."""
     path = run_path(cfg.runs_dir, cfg.name)
     if not (path / "config.yaml").exists():
         raise ConfigError(f"{path}: there is no run here; train its selectors first: `fedbiscuit train CONFIG`")
-    return open_session(cfg, True, progress)
+    return open_session(cfg, True, progress, devices)
 
 
 def _check_settings(run: RunDir, cfg: Config) -> None:
