@@ -128,7 +128,7 @@ def test_what_is_missing_is_said_before_anything_is_written(run, tmp_path, chat_
     assert (run / "config.yaml").read_bytes() == before
     shutil.rmtree(run / "policy")
     assert main(["judge", str(run), *at(chat_server)]) == 2
-    assert "there is no aligned policy to judge; run `fedbiscuit align" in capsys.readouterr().err
+    assert "there is no aligned policy yet; run `fedbiscuit align" in capsys.readouterr().err
     assert chat_server.requests == []
 
 
@@ -199,11 +199,11 @@ def test_ratings_are_asked_once_an_answer_and_compared(run, chat_server, capsys)
     found = result(run, "auto-j")
     assert found["orders"] is None
     rated = [one["said"] for one in found["outcomes"]]
-    assert found["ratings"]["aligned"]["mean"] == pytest.approx(sum(a for a, _ in rated) / NUM_PROMPTS)
-    assert found["ratings"]["raw"]["mean"] == pytest.approx(sum(r for _, r in rated) / NUM_PROMPTS)
+    assert found["ratings"]["policy"]["mean"] == pytest.approx(sum(a for a, _ in rated) / NUM_PROMPTS)
+    assert found["ratings"]["against"]["mean"] == pytest.approx(sum(r for _, r in rated) / NUM_PROMPTS)
     assert found["win_rate"]["wins"] == sum(a > r for a, r in rated)
     assert len(chat_server.requests) == len({(row["prompt"], row["text"]) for row in answers(run)})
-    assert "Mean rating, aligned: " in capsys.readouterr().out
+    assert "Mean rating, aligned policy: " in capsys.readouterr().out
 
 
 def test_a_second_judge_sees_the_same_answers_and_both_results_stay(run, chat_server):
