@@ -80,7 +80,7 @@ def _best_of_n(session: Session, asked: Asked) -> list[Contest]:
 def _alpaca_eval(session: Session, asked: Asked) -> list[Contest]:
     """Each policy against the raw one, on the instructions of AlpacaEval."""
     policies = _left(session, "alpaca-eval")["policies"]
-    texts = {one["name"]: session.run.read_json(one["file"]) for one in policies}
+    texts: dict[str, Any] = {one["name"]: session.run.read_json(one["file"]) for one in policies}
     if not all(texts.values()):
         raise _nothing(session, "alpaca-eval")
     raw = texts[RAW.name]

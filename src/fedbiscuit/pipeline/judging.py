@@ -25,6 +25,7 @@ from fedbiscuit.evaluation.judge import (
     outcome_of_pair,
     outcome_of_ratings,
     question_key,
+    wording_digest,
 )
 from fedbiscuit.evaluation.lengths import length_controlled
 from fedbiscuit.evaluation.metrics import bootstrap_interval
@@ -85,15 +86,15 @@ def judge_run(session: Session, on: str, asked: Asked) -> str:
     whole = [wording, settings.orders, list(contests[0].prompts), list(contests[0].theirs)]
     way = {"judge": judge, "on": on, "way": hashlib.sha256(json.dumps(whole).encode()).hexdigest()}
     results = [
-        way | {"wording": hashlib.sha256(wording.encode()).hexdigest()}
+        way | {"wording": wording_digest(wording)}
         | _result(session, contest, each, kept, refused, before)
         for contest, each in zip(contests, questions, strict=True)
     ]  # fmt: skip
     name = f"evaluations/judge-{settings.protocol}.json"
     earlier = (run.read_json(name) or {}).get("judges", [])
-    steps = {contest.step for contest in contests}
+    judged = {contest.policy for contest in contests}
     others = [one for one in earlier if (one["judge"], one.get("on", HELD_OUT)) != (judge, on)]
-    along = [one for one in earlier if way.items() <= one.items() and on == HELD_OUT and one["step"] not in steps]
+    along = [one for one in earlier if way.items() <= one.items() and on == HELD_OUT and one["policy"] not in judged]
     results.sort(key=lambda one: one["step"] or 0)
     run.write_json(name, {"protocol": settings.protocol, "judges": [*others, *along, *results]})
     return name
