@@ -220,12 +220,13 @@ def test_language_models_as_judges_have_a_row_each_with_means_over_seeds_and_int
 
 def test_a_run_that_only_a_language_model_judged_by_step_has_a_figure_and_signs_have_its_line():
     rows = [
-        judged(name, {"a": 1.0, "b": 0.5}, step=step) for name, step in (("after step 2", 2), ("aligned policy", 4))
+        judged("aligned policy", {"a": 1.0, "b": 0.5}, step=4),
+        judged("after step 2", {"a": 1.0, "b": 0.0}, step=2),
     ]
     bare = RunView(parse_config("", ()), "", judged=rows)
     assert by_step(rows) == [
-        {"name": "m, plain (a language model)", "step": step, "policy": name, "win_rate": 0.75, "independent": True}
-        for name, step in (("after step 2", 2), ("aligned policy", 4))
+        {"name": "m, plain (a language model)", "step": step, "policy": name, "win_rate": rate, "independent": True}
+        for name, step, rate in (("after step 2", 2, 0.5), ("aligned policy", 4, 0.75))
     ]
     drawn = win_rates(bare)
     assert drawn is not None

@@ -71,6 +71,17 @@ def test_the_length_difference_is_standardised_as_in_alpaca_eval():
     assert found == pytest.approx(np.tanh(np.array([2, -4, 0]) / np.std([2, -4, 0], ddof=1)))  # pandas divides by n - 1
 
 
+def test_a_full_step_too_far_is_taken_back():
+    """Thousands of like verdicts against a few: plain Newton steps swing ever wider here."""
+    points = np.array([1, 0, 1, 0, 0, 1, 0.0])
+    longer = np.array([0.97, 0.79, 0.89, -1, -1, 1, -1])
+    counts = np.array([[1, 5, 1, 1000, 5, 1000, 1.0]])
+    win_rate, slope = fit(points, longer, counts)
+    wrong = counts[0] * (1 / (1 + np.exp(-math.log(win_rate[0] / (1 - win_rate[0])) - slope[0] * longer)) - points)
+    assert wrong.sum() == pytest.approx(0, abs=1e-8)
+    assert wrong @ longer + RIDGE * slope[0] == pytest.approx(0, abs=1e-8)
+
+
 PAIRS = st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 60), st.integers(0, 60)), min_size=2)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from fedbiscuit.types import rng_for
 
@@ -78,7 +79,7 @@ def fit(points: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> tuple[np.
 
     now = loss(at)
     for _ in range(MOST_STEPS if len(at) else 0):
-        p = 1 / (1 + np.exp(-(at[:, :1] + at[:, 1:] * longer)))
+        p = expit(at[:, :1] + at[:, 1:] * longer)
         wrong, bend = counts * (p - points), counts * p * (1 - p)
         gradient = np.stack([wrong.sum(1), wrong @ longer + RIDGE * at[:, 1]], 1)
         aa, ab, bb = bend.sum(1), bend @ longer, bend @ longer**2 + RIDGE
@@ -93,5 +94,5 @@ def fit(points: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> tuple[np.
                 break
             step[worse] /= 2
         at, now = at - step, then
-    win_rates[mixed], slopes[mixed] = 1 / (1 + np.exp(-at[:, 0])), at[:, 1]
+    win_rates[mixed], slopes[mixed] = expit(at[:, 0]), at[:, 1]
     return win_rates, slopes
