@@ -67,6 +67,41 @@ def write_tiny_model(folder: Path, family: str = "llama") -> Path:
     return folder
 
 
+def write_reward_model(folder: Path, chat: bool = False, layers: int = 0, labels: int = 1, context: int = 2048) -> Path:
+    """Without layers, token t's state has the direction (cos, sin) of t / 300, and its score is the first coordinate times
+    the square root of 2, by RMSNorm: the score of a text is that of its last token, and falls with its number.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=2 if layers == 0 else 32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=context, num_labels=labels,
+        bos_token_id=None, eos_token_id=258, pad_token_id=None,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config)
+    if layers == 0:
+        angles = torch.arange(264) / 300
+        with torch.no_grad():
+            model.model.embed_tokens.weight.copy_(torch.stack([angles.cos(), angles.sin()], 1))
+            model.score.weight.copy_(torch.tensor([[1.0, 0.0]]).repeat(labels, 1))
+    model.save_pretrained(folder)
+    write_byte_tokenizer(folder)
+    if not chat:
+        path = folder / "tokenizer_config.json"
+        kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "chat_template"}
+        path.write_text(json.dumps(kept))
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_reward_model() -> Callable[..., Path]:
+    """``write_reward_model``."""
+    return write_reward_model
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Llama."""

@@ -221,6 +221,19 @@ def judge(
         str,
         Parameter(show_default=False, help="a server with OpenAI's chat protocol, such as http://127.0.0.1:8000/v1"),
     ] = "",
+    on: Annotated[
+        str,
+        Parameter(
+            help="what is judged: answers to held-out prompts, or what a task of evaluate has left: summarization (against "
+            "people's summaries), best-of-n or alpaca-eval"
+        ),
+    ] = "held-out",
+    checkpoints: Annotated[
+        bool, Parameter(negative="", show_default=False, help="also every policy that keep_every has kept")
+    ] = False,
+    checkpoint: Annotated[
+        int | None, Parameter(show_default=False, help="the policy that was kept after this step or round, alone")
+    ] = None,
 ) -> None:
     """Let a language model judge the aligned policy's answers against the raw one's (after align).
 
@@ -228,15 +241,19 @@ def judge(
 
     Examples: fedbiscuit judge runs/demo --protocol auto-j --pairwise --model models/my-judge
               fedbiscuit judge runs/demo --protocol plain --endpoint http://127.0.0.1:8000/v1 --model NAME
+              fedbiscuit judge runs/demo --checkpoints
+              fedbiscuit judge runs/demo --on alpaca-eval
     """
     cfg, _ = _settings(config, [*overrides, *_judge_overrides(protocol, pairwise, model, endpoint)])
     from fedbiscuit import pipeline
-    from fedbiscuit.terminal import ProgressLines, print_judgement
+    from fedbiscuit.terminal import ProgressLines, print_judgements
 
     with ProgressLines() as progress:
-        path = pipeline.judge(cfg, progress=progress)
+        path = pipeline.judge(cfg, progress, on, checkpoints, checkpoint)
     found = json.loads(path.read_text(encoding="utf-8"))
-    print_judgement(found["protocol"], found["judges"][-1])
+    last = found["judges"][-1]
+    alike = [one for one in found["judges"] if all(one.get(key) == last[key] for key in ("judge", "on", "way"))]
+    print_judgements(found["protocol"], sorted(alike, key=lambda one: one["step"]))
     print(f"\n{path} is ready; all replies: {path.with_suffix('.jsonl')}")
 
 

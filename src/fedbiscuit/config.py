@@ -374,7 +374,9 @@ class EvaluationSettings(Section):
     greedy: bool = Field(False, description="compare greedy answers instead of sampled ones")
     bootstrap: Count = Field(1000, description="resamples of the confidence intervals")
     judges: tuple[str, ...] = Field(
-        (), description="run folders whose selectors judge the policy too, best of people who did not train this run's"
+        (),
+        description="who judges the policy too: run folders, by their selectors, best of people who did not train this "
+        "run's; folders of reward models (transformers sequence classifiers with one label)",
     )
     compare_global: bool = Field(
         False, description="also train one global selector with the same budget of rounds, as the baseline in the table"
@@ -437,7 +439,11 @@ class JudgeSettings(Section):
         5, description="endpoint: how often a request is made again after a failure that may pass (429, 5xx, no answer)"
     )
     timeout: Positive = Field(120.0, description="endpoint: seconds that one request may take")
-    batch_size: Count = Field(8, description="without endpoint: questions at a time")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="without endpoint: what computes the replies; vllm, on a GPU, is installed by itself (docs/judges.md)",
+    )
+    batch_size: Count = Field(8, description="without endpoint: questions at a time; vllm takes 256 and more")
 
 
 class Config(Section):

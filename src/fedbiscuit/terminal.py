@@ -21,7 +21,7 @@ __all__ = [
     "print_comparison",
     "print_error",
     "print_evaluation",
-    "print_judgement",
+    "print_judgements",
     "print_next",
     "print_task",
 ]
@@ -140,41 +140,64 @@ def print_evaluation(evaluation: Mapping[str, Any]) -> None:
             )
 
 
-def print_judgement(protocol: str, found: Mapping[str, Any]) -> None:
-    """One result of ``evaluations/judge-PROTOCOL.json``: who won, and what could not be counted as a win or a loss."""
-    judge, unread, prompts = found["judge"], found["unparsable"], found["prompts"]
+def print_judgements(protocol: str, found: Sequence[Mapping[str, Any]]) -> None:
+    """What one judge said of the same things (``evaluations/judge-PROTOCOL.json``), a row a policy: who won, and what could
+    not be counted as a win or a loss.
+    """
+    first, judge = found[0], found[0]["judge"]
     where = f" at {judge['endpoint']}" if judge.get("endpoint") else ""
-    orders = {"both": ", each pair in both orders", "one": ", each pair in one order"}.get(found["orders"], "")
-    print(f"\nJudge: {clean(judge['model'])}{clean(where)}, protocol {protocol}, {prompts} prompts{orders}")
-    won = found["win_rate"]
-    header = ("aligned against raw", "win rate", "95% interval", "wins-ties-losses", "ties as half")
-    _print_table(header, [("", *_wins(won), _percent(won["win_rate_ties_half"]))])
-    for name, rated in (found["ratings"] or {}).items():
-        if rated["mean"] is not None:
-            low, high = rated["interval"]
-            print(
-                f"  Mean rating, {name}: {rated['mean']:.2f} ({low:.2f} to {high:.2f}), of {rated['answers']} answers"
-            )
-    if found["orders"] == "both":
-        changed = found["inconsistent"]
-        told = "Preferred another answer in the other order, counted as ties"
-        print(f"  {told}: {changed['count']} of {prompts} ({_percent(changed['share'])})")
-    print(
-        f"  Replies in all: {unread['asked'] - unread['refused']}, from an earlier time: {found['replies_from_before']}"
+    orders = {"both": ", each pair in both orders", "one": ", each pair in one order"}.get(first["orders"], "")
+    print(f"\nJudge: {clean(judge['model'])}{clean(where)}, protocol {protocol}, {first['prompts']} prompts{orders}")
+    header = (
+        f"against {first['against']}",
+        "win rate",
+        "95% interval",
+        "wins-ties-losses",
+        "ties as half",
+        "the same at equal length",
     )
-    if found["identical"]:
-        print(f"  The same answer by both, ties that were not asked about: {found['identical']} of {prompts}")
+    rows = [
+        (one["policy"], *_wins(won), _percent(won["win_rate_ties_half"]), _at_equal_length(one))
+        for one in found
+        for won in (one["win_rate"],)
+    ]
+    _print_table(header, rows, width=140)
+    for one in found:
+        for side, rated in (one["ratings"] or {}).items():
+            if rated["mean"] is not None:
+                low, high = rated["interval"]
+                told = f"{rated['mean']:.2f} ({low:.2f} to {high:.2f}), of {rated['answers']} answers"
+                print(f"  Mean rating, {clean(one[side])}: {told}")
+    prompts = sum(one["prompts"] for one in found)
+    unread = {
+        key: sum(one["unparsable"][key] for one in found)
+        for key in ("prompts", "replies", "cut_off", "refused", "asked")
+    }
+    changed = sum(one["inconsistent"]["count"] for one in found)
+    if first["orders"] == "both":
+        told = "Preferred another answer in the other order, counted as ties"
+        print(f"  {told}: {changed} of {prompts} ({_percent(changed / prompts)})")
+    before = sum(one["replies_from_before"] for one in found)
+    print(f"  Replies in all: {unread['asked'] - unread['refused']}, from an earlier time: {before}")
+    if same := sum(one["identical"] for one in found):
+        print(f"  The same answer by both, ties that were not asked about: {same} of {prompts}")
     if unread["replies"] or unread["refused"]:
         told = (
             f"Replies without a decision: {unread['replies']} of {unread['asked']}, {unread['cut_off']} of them cut off"
         )
         refused = f"; questions that were refused: {unread['refused']}" if unread["refused"] else ""
         print(f"  {told}{refused}; so ties on {unread['prompts']} of {prompts} prompts. The first:")
-        print(f"    {clean(' '.join((unread['first'] or '(nothing)').split()))[:300]}")
-    if found["inconsistent"]["count"] + unread["prompts"] > prompts / 2:
+        text = next((one["unparsable"]["first"] for one in found if one["unparsable"]["first"]), "(nothing)")
+        print(f"    {clean(' '.join(text.split()))[:300]}")
+    if changed + unread["prompts"] > prompts / 2:
         print(
             "  This judge has decided on less than half of the prompts, so its win rate says little; use a stronger one"
         )
+
+
+def _at_equal_length(found: Mapping[str, Any]) -> str:
+    one = found["length_controlled"]
+    return "" if one is None else f"{_percent(one['win_rate'])} ({_interval(one['interval'])})"
 
 
 def print_comparison(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:

@@ -9,13 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from fedbiscuit import pipeline
 from fedbiscuit.cli import main
-from fedbiscuit.config import parse_config
+from fedbiscuit.config import ModelSettings, parse_config
+from fedbiscuit.evaluation.lengths import length_controlled
+from fedbiscuit.models.generation import Sampling, generate
+from fedbiscuit.models.lm import load_lm
 
 KEY = "sk-very-secret-0123"
 NUM_PROMPTS = 5
@@ -37,8 +43,8 @@ selectors:
   cohort_size: 2
   local: {{steps: 1, batch_size: 2}}
 generation: {{num_prompts: 4, max_new_tokens: 8, temperature: 1.0, batch_size: 2}}
-alignment: {{steps: 3, batch_size: 2, lr: 0.05}}
-evaluation: {{num_prompts: {NUM_PROMPTS}, bootstrap: 50}}
+alignment: {{steps: 3, batch_size: 2, lr: 0.05, keep_every: 1}}
+evaluation: {{num_prompts: {NUM_PROMPTS}, bootstrap: 50, best_of: 3}}
 """
     cfg = parse_config(text, name="test.yaml")
     pipeline.train_selectors(cfg)
@@ -128,7 +134,7 @@ def test_what_is_missing_is_said_before_anything_is_written(run, tmp_path, chat_
     assert (run / "config.yaml").read_bytes() == before
     shutil.rmtree(run / "policy")
     assert main(["judge", str(run), *at(chat_server)]) == 2
-    assert "there is no aligned policy to judge; run `fedbiscuit align" in capsys.readouterr().err
+    assert "there is no aligned policy yet; run `fedbiscuit align" in capsys.readouterr().err
     assert chat_server.requests == []
 
 
@@ -199,11 +205,11 @@ def test_ratings_are_asked_once_an_answer_and_compared(run, chat_server, capsys)
     found = result(run, "auto-j")
     assert found["orders"] is None
     rated = [one["said"] for one in found["outcomes"]]
-    assert found["ratings"]["aligned"]["mean"] == pytest.approx(sum(a for a, _ in rated) / NUM_PROMPTS)
-    assert found["ratings"]["raw"]["mean"] == pytest.approx(sum(r for _, r in rated) / NUM_PROMPTS)
+    assert found["ratings"]["policy"]["mean"] == pytest.approx(sum(a for a, _ in rated) / NUM_PROMPTS)
+    assert found["ratings"]["against"]["mean"] == pytest.approx(sum(r for _, r in rated) / NUM_PROMPTS)
     assert found["win_rate"]["wins"] == sum(a > r for a, r in rated)
     assert len(chat_server.requests) == len({(row["prompt"], row["text"]) for row in answers(run)})
-    assert "Mean rating, aligned: " in capsys.readouterr().out
+    assert "Mean rating, aligned policy: " in capsys.readouterr().out
 
 
 def test_a_second_judge_sees_the_same_answers_and_both_results_stay(run, chat_server):
@@ -230,6 +236,248 @@ def test_another_wording_is_another_question(run, chat_server, tmp_path):
     assert main(["judge", str(run), *at(chat_server), f"judge.template={wording}"]) == 0
     assert len(chat_server.requests) == 2 * count
     assert chat_server.requests[-1]["body"]["messages"][0]["content"].endswith("</answer_b> {}")
+
+
+# Policies that were kept, and what tasks have left
+
+
+def longer(text: str) -> str:
+    """A judge of one mind: the longer answer, wherever it stands."""
+    a, b = shown(text)
+    return "[[tie]]" if len(a) == len(b) else "[[A]]" if len(a) > len(b) else "[[B]]"
+
+
+def counted(pairs: list[tuple[str, str]]) -> dict[str, int]:
+    """What ``longer`` has to say of (ours, theirs)."""
+    wins, losses = sum(len(a) > len(b) for a, b in pairs), sum(len(a) < len(b) for a, b in pairs)
+    return {"wins": wins, "losses": losses, "ties": len(pairs) - wins - losses}
+
+
+def counts(one: dict) -> dict[str, int]:
+    return {key: one["win_rate"][key] for key in ("wins", "losses", "ties")}
+
+
+def results(run: Path, on: str, protocol: str = "auto-j-pairwise") -> list[dict]:
+    held = json.loads((run / f"evaluations/judge-{protocol}.json").read_text())["judges"]
+    return [one for one in held if one["on"] == on]
+
+
+def texts_of(run: Path, folder: str) -> list[str]:
+    """The held-out answers of one policy in the order of the raw ones."""
+    held = answers(run)
+    order = [row["prompt"] for row in held if row["policy"] == "raw"]
+    mine = {row["prompt"]: row["text"] for row in held if row["policy"] == folder}
+    return [mine[prompt] for prompt in order]
+
+
+def test_kept_policies_are_judged_each_against_the_raw_one_and_nothing_is_paid_twice(run, chat_server, capsys):
+    chat_server.reply = longer
+    assert main(["judge", str(run), *at(chat_server)]) == 0
+    paid = len(chat_server.requests)
+    (alone,) = results(run, "held-out")
+    capsys.readouterr()
+    assert main(["judge", str(run), "--checkpoints"]) == 0
+    out = capsys.readouterr().out
+    found = results(run, "held-out")
+    assert [(one["policy"], one["step"]) for one in found] == [
+        ("after step 1", 1), ("after step 2", 2), ("aligned policy", 3),
+    ]  # fmt: skip
+    raw = texts_of(run, "raw")
+    folders = ["checkpoints/step-000001/policy", "checkpoints/step-000002/policy", "policy"]
+    asked = set()
+    for one, folder in zip(found, folders, strict=True):
+        ours = texts_of(run, folder)
+        assert counts(one) == counted(list(zip(ours, raw, strict=True)))
+        characters = {"policy": sum(map(len, ours)) / NUM_PROMPTS, "against": sum(map(len, raw)) / NUM_PROMPTS}
+        assert one["length_controlled"] is None or one["length_controlled"]["characters"] == characters
+        asked |= {key for outcome in one["outcomes"] for key in outcome["keys"]}
+    assert found[2] == alone | {"replies_from_before": paid}
+    assert len(chat_server.requests) == len(asked) > paid
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    for one in found:
+        row = one["win_rate"]
+        start = f"{one['policy']} {100 * row['win_rate']:.1f}% "
+        (line,) = [line for line in lines if line.startswith(start)]
+        assert f" {row['wins']}-{row['ties']}-{row['losses']} " in line
+    assert any(line.startswith("against raw policy win rate 95% interval") for line in lines)
+    for words in (["--checkpoints"], ["--checkpoint", "2"], []):
+        assert main(["judge", str(run), *words]) == 0
+        assert len(chat_server.requests) == len(asked)
+    assert {one["policy"] for one in results(run, "held-out")} == {"after step 1", "after step 2", "aligned policy"}
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "Judged by language models" in page
+    assert '<figure id="wins">' in page  # no selectors have judged here
+
+
+def test_a_stop_on_the_way_keeps_what_was_said_of_every_checkpoint(run, chat_server):
+    chat_server.script = [None] * 3 + [500] * 50
+    words = ["judge", str(run), *at(chat_server), "--checkpoints", "judge.concurrency=1", "judge.retries=0"]
+    assert main(words) == 3
+    assert len(replies(run)) == 3
+    chat_server.script = []
+    assert main(words) == 0
+    keys = [row["key"] for row in replies(run)]
+    assert len(keys) == len(set(keys)) == len(chat_server.requests) - 1
+    assert sum(one["replies_from_before"] for one in results(run, "held-out")) >= 3
+
+
+def test_ratings_of_raw_answers_serve_all_checkpoints(run, chat_server):
+    chat_server.reply = lambda text: f"Rating: [[{1 + len(text) % 9}]]"
+    assert main(["judge", str(run), *at(chat_server), "--protocol", "auto-j", "--checkpoints"]) == 0
+    assert len(chat_server.requests) == len({(row["prompt"], row["text"]) for row in answers(run)})
+
+
+def test_other_held_out_answers_end_the_row_of_checkpoints_that_were_judged_with_the_old_ones(run, chat_server):
+    chat_server.reply = longer
+    assert main(["judge", str(run), *at(chat_server), "--checkpoints"]) == 0
+    assert main(["judge", str(run), "evaluation.num_prompts=3"]) == 0
+    assert [one["policy"] for one in results(run, "held-out")] == ["aligned policy"]
+
+
+def test_summaries_are_judged_against_those_that_people_wrote(run, tmp_path, chat_server, caplog):
+    pytest.importorskip("rouge_score")
+    posts = [{"prompt": f"The post {i}?", "reference": "cat " * (i % 3)} for i in range(1, 5)]
+    file = tmp_path / "posts.jsonl"
+    file.write_text("".join(json.dumps(post) + "\n" for post in posts if post["reference"].strip()))
+    assert main(["evaluate", str(run), "--task", "summarization", f"evaluation.references={file}"]) == 0
+    chat_server.reply = longer
+    assert main(["judge", str(run), *at(chat_server), "--on", "summarization"]) == 0
+    rows = [json.loads(line) for line in (run / "evaluations/summarization_answers.jsonl").read_text().splitlines()]
+    found = results(run, "summarization")
+    assert [(one["policy"], one["against"]) for one in found] == [
+        ("raw policy", "people's summaries"), ("aligned policy", "people's summaries"),
+    ]  # fmt: skip
+    for one in found:
+        assert counts(one) == counted([(row["answers"][one["policy"]], row["reference"]) for row in rows])
+    assert "the policy's answers to them, and people's summaries, are sent to" in caplog.text
+    sent = {text for request in chat_server.requests for text in shown(request["body"]["messages"][0]["content"])}
+    assert {row["reference"] for row in rows} <= sent
+
+
+def test_the_best_of_n_is_judged_against_the_plain_answer(run, chat_server):
+    assert main(["evaluate", str(run), "--task", "best-of-n"]) == 0
+    chat_server.reply = longer
+    assert main(["judge", str(run), *at(chat_server), "--on", "best-of-n"]) == 0
+    rows = [json.loads(line) for line in (run / "evaluations/best-of-n_answers.jsonl").read_text().splitlines()]
+    found = results(run, "best-of-n")
+    assert [one["policy"] for one in found] == ["best of 3, raw policy", "best of 3, aligned policy"]
+    for one in found:
+        pairs = [(row["best"], row["plain"]) for row in rows if one["policy"].endswith(row["policy"])]
+        assert counts(one) == counted(pairs)
+
+
+def test_answers_for_alpaca_eval_are_judged_with_a_win_rate_at_equal_length(run, tmp_path, chat_server, capsys):
+    asked = tmp_path / "asked.txt"
+    asked.write_text("".join(f"Do {i}.\n" for i in range(8)))
+    words = [f"evaluation.instructions={asked}", "--checkpoint", "2"]
+    assert main(["evaluate", str(run), "--task", "alpaca-eval", *words]) == 0
+    chat_server.reply = longer
+    capsys.readouterr()
+    assert main(["judge", str(run), *at(chat_server), "--on", "alpaca-eval"]) == 0
+    (one,) = results(run, "alpaca-eval")
+    folder = run / "evaluations/alpaca-eval"
+    ours, raw = (
+        [row["output"] for row in json.loads((folder / name / "alpaca_eval.json").read_text())]
+        for name in ("step-000002", "raw")
+    )
+    assert (one["policy"], one["step"], one["prompts"]) == ("after step 2", 2, 8)
+    assert counts(one) == counted(list(zip(ours, raw, strict=True)))
+    equal = one["length_controlled"]
+    assert equal["win_rate"] == length_controlled(
+        [outcome["points"] for outcome in one["outcomes"]], ours, raw, ("any",), 2
+    )["win_rate"]  # fmt: skip
+    assert equal["slope"] > 1  # this judge looks at nothing but length
+    assert f"{100 * equal['win_rate']:.1f}% (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--on", "sumarization"], "did you mean summarization?"),
+        (["--on", "best-of-n", "--checkpoints"], "`fedbiscuit evaluate RUN --task best-of-n` instead"),
+        (["--on", "alpaca-eval"], "there are no answers of alpaca-eval; run `fedbiscuit evaluate"),
+        (["--checkpoint", "1", "--checkpoints"], "give one of the two"),
+        (["--checkpoint", "7"], "no policy was kept after step 7; kept: 1, 2, 3"),
+    ],
+)
+def test_what_cannot_be_judged_is_said_with_the_way_out(run, chat_server, words, told, capsys):
+    assert main(["judge", str(run), *at(chat_server), *words]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert chat_server.requests == []
+
+
+# vLLM
+
+
+def test_without_vllm_the_command_to_install_it_is_shown_before_anything_is_done(run, tiny_model, capsys):
+    before = (run / "config.yaml").read_bytes()
+    assert main(["judge", str(run), "--model", str(tiny_model), "judge.engine=vllm"]) == 3
+    told = capsys.readouterr().err
+    assert "`pip install vllm` on a machine with a GPU" in told
+    assert "judge.endpoint" in told
+    assert (run / "config.yaml").read_bytes() == before
+
+
+class FakeLLM:
+    """The part of ``vllm.LLM`` 0.33 that is used, with its signatures; the replies are those of our own generation."""
+
+    made: ClassVar[list[FakeLLM]] = []
+
+    def __init__(self, model: str, *, dtype: str = "auto", seed: int = 0):
+        self.lm = load_lm(ModelSettings(base=model, device="cpu", dtype=dtype))
+        self.model_config = SimpleNamespace(max_model_len=600)
+        self.calls: list[list[int]] = []
+        self.params: list[dict] = []
+        FakeLLM.made.append(self)
+
+    def generate(self, prompts, sampling_params=None, *, use_tqdm=True):
+        assert use_tqdm is False
+        self.params += [vars(one) for one in sampling_params]
+        written = []
+        for prompt, params in zip(prompts, sampling_params, strict=True):
+            assert list(prompt) == ["prompt_token_ids"]
+            how = Sampling(params.max_tokens, params.temperature, params.top_p)
+            with self.lm.adapter_off():
+                ((one,),) = generate(self.lm, [prompt["prompt_token_ids"]], 1, how, ("any",))
+            reason = "stop" if one.finished else "length"
+            written.append(SimpleNamespace(text=one.text, token_ids=list(one.tokens), finish_reason=reason))
+        self.calls.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
+        return [SimpleNamespace(outputs=[one]) for one in written]
+
+
+class FakeParams:
+    def __init__(self, temperature=1.0, top_p=1.0, max_tokens=16, seed=None):
+        vars(self).update(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+
+
+def test_vllm_gets_the_same_tokens_as_our_own_engine_in_one_batch(run, tiny_model, monkeypatch, capsys):
+    words = ["judge", str(run), "--protocol", "plain", "--model", str(tiny_model), "judge.max_tokens=4"]
+    assert main(words) == 0
+    ours = replies(run, "plain")
+    fake = ModuleType("vllm")
+    fake.LLM, fake.SamplingParams = FakeLLM, FakeParams
+    fake.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    assert main([*words, "judge.engine=vllm"]) == 0
+    theirs = replies(run, "plain")[len(ours) :]
+    assert [row["judge"].get("engine") for row in theirs] == ["vllm"] * len(ours)
+    by_answers = {tuple(row["answers"]): row for row in ours}
+    (engine,) = FakeLLM.made
+    read = [row for row in theirs if not row["refused"]]
+    for row in read:
+        same = by_answers[tuple(row["answers"])]
+        assert {key: row[key] for key in ("text", "finished", "tokens_in", "tokens_out")} == {
+            key: same[key] for key in ("text", "finished", "tokens_in", "tokens_out")
+        }
+    assert engine.calls == [[row["tokens_in"] for row in read]]  # one batch, without what it cannot read
+    assert all(
+        row["tokens_in"] > 596 for row in ours if tuple(row["answers"]) not in {tuple(r["answers"]) for r in read}
+    )
+    assert {(p["temperature"], p["max_tokens"], p["top_p"]) for p in engine.params} == {(0.0, 4, 1.0)}
+    assert len({p["seed"] for p in engine.params}) == len(engine.params)
+    assert main([*words, "judge.engine=vllm"]) == 0  # all replies are there
+    assert result(run, "plain")["replies_from_before"] == len(read)
 
 
 # Trouble

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from fedbiscuit import pipeline
 from fedbiscuit.cli import main
 from fedbiscuit.config import parse_config
+from fedbiscuit.models.rewards import load_reward_model
 from fedbiscuit.pipeline.answers import answers_of, moved
-from fedbiscuit.pipeline.judges import labeler, said
+from fedbiscuit.pipeline.judges import Gold, labeler, said
 from fedbiscuit.pipeline.session import open_run, silent
 from fedbiscuit.types import rng_for
 
@@ -367,6 +369,61 @@ def test_the_report_shows_what_was_evaluated(finished):
     assert "Further evaluations" in page
     assert "Signs of reward hacking" in page
     assert '<figure id="signs">' in page
+
+
+# Judges from elsewhere
+
+
+def test_a_reward_model_and_the_scores_of_a_fedrm_run_judge_beside_the_selectors(
+    finished, tmp_path, tiny_model, make_reward_model, capsys
+):
+    """The model's score falls with the number of an answer's last byte, so its verdicts can be read off the answers."""
+    gold = make_reward_model(tmp_path / "gold")
+    (tmp_path / "world.jsonl").write_bytes((finished.parents[1] / "world.jsonl").read_bytes())
+    rewards = pipeline.train_selectors(config(tmp_path, tiny_model, "fedrm", "selectors.kind=reward"))
+    found = evaluate(finished, "perplexity", "--checkpoints", f"evaluation.judges=[{gold},{rewards}]")
+    assert "the reward model gold" in capsys.readouterr().out
+    with session_of(finished) as session:
+        prompts = session.held_out_prompts[:6]
+        raw, middle, last = (
+            [one[0]["text"] for one in answers_of(session, prompts, folder)]
+            for folder in (None, "checkpoints/step-000002/policy", "policy")
+        )
+        encode = session.policy_lm.encode
+        scores = [
+            [-encode(prompt + text)[-1] for prompt, text in zip(prompts, texts, strict=True)]
+            for texts in (raw, middle, last)
+        ]
+    assert scores[0] != scores[1] != scores[2]
+    for policy, theirs in zip(found["policies"][1:], scores[1:], strict=True):
+        own, judged, fedrm = policy["judges"]
+        assert (own["independent"], judged["name"], judged["independent"]) == (False, "the reward model gold", True)
+        assert fedrm["name"] == "the selectors of fedrm, 6 of its 6 clients are ours"
+        assert judged["wins"] == sum(a > b for a, b in zip(theirs, scores[0], strict=True))
+        assert judged["losses"] == sum(a < b for a, b in zip(theirs, scores[0], strict=True))
+        assert sum(fedrm[key] for key in ("wins", "losses", "ties")) == 6
+    assert main(["evaluate", str(finished)]) == 0
+    judges = json.loads((finished / "evaluation.json").read_text())["policy"]["judges"]
+    assert judges[1] == found["policies"][2]["judges"][1]
+    capsys.readouterr()
+    assert main(["evaluate", str(finished), f"evaluation.judges=[{tiny_model}]"]) == 2
+    assert "which gives no score; name a sequence classifier" in capsys.readouterr().err
+    assert main(["evaluate", str(finished), f"evaluation.judges=[{tmp_path}]"]) == 2
+    assert "or of a reward model of transformers" in capsys.readouterr().err
+    assert main(["evaluate", str(finished), "evaluation.judges=[]"]) == 0
+
+
+def test_verdicts_of_a_reward_model_by_hand(finished, tmp_path, make_reward_model):
+    gold = make_reward_model(tmp_path / "gold", context=8)
+    with session_of(finished) as session:
+        model = load_reward_model(str(gold), session.cfg.model)
+        judge = Gold("gold", model)
+        first, second = ["xa", "xb", "xa", "x"], ["xb", "xa", "xa", "longer than eight"]
+        found = said(session, judge, ["p"] * 4, first, second)
+        a, b = model.scores(["p", "p"], ["xa", "xb"])
+        assert found == pytest.approx([1 / (1 + math.exp(b - a)), 1 / (1 + math.exp(a - b)), 0.5, 0.5])
+        assert found[0] > 0.5 > found[1]
+        assert session.left_out["pairs of answers longer than gold reads, counted as ties"] == 1
 
 
 # What cannot be done

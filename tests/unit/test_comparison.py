@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import pytest
 
 from fedbiscuit.config import parse_config
+from fedbiscuit.evaluation.judge import PROTOCOLS, wording_digest
+from fedbiscuit.evaluation.metrics import bootstrap_interval
+from fedbiscuit.report.charts import win_rates
 from fedbiscuit.report.comparison import Method, Section, _methods, _title, alignment_curves, compare, mean_and_interval
+from fedbiscuit.report.judgements import by_step
 from fedbiscuit.report.reading import RunView
 from fedbiscuit.report.sidebyside import _figures, tables_of
+from fedbiscuit.report.signs import signs_of_hacking
 from fedbiscuit.types import ConfigError
 
 
@@ -19,6 +26,35 @@ def run(accuracies: dict[str, float], *overrides: str, **more: float) -> RunView
     }
     row = {"name": "own", "accuracy_comparisons": 0.5, "accuracy_in_order": [0.4, 0.6], "flip_rate": 0.25, **more}
     return RunView(parse_config("", overrides), "", evaluation={"selectors": {"rows": [row], "clients": clients}})
+
+
+def judged(policy: str, points: dict[str, float], equal: float | None = 0.5, **more: object) -> dict:
+    """What one language model said of one policy, prompt by prompt."""
+    wins, losses = (sum(p == one for p in points.values()) for one in (1, 0))
+    return {
+        "protocol": "plain",
+        "judge": {"model": "m"},
+        "on": "held-out",
+        "wording": wording_digest(PROTOCOLS["plain"].wording),
+        "policy": policy,
+        "step": 3,
+        "against": "raw policy",
+        "orders": "both",
+        "prompts": len(points),
+        "win_rate": {
+            "win_rate": wins / len(points),
+            "interval": [0.0, 1.0],
+            "win_rate_ties_half": sum(points.values()) / len(points),
+            "wins": wins,
+            "losses": losses,
+            "ties": len(points) - wins - losses,
+        },
+        "length_controlled": None if equal is None else {"win_rate": equal, "interval": [0.1, 0.9], "slope": 0.0},
+        "inconsistent": {"count": 1},
+        "unparsable": {"prompts": 0},
+        "outcomes": [{"digest": prompt, "points": p} for prompt, p in points.items()],
+        **more,
+    }
 
 
 def test_a_difference_is_taken_client_by_client_and_seed_by_seed():
@@ -154,3 +190,59 @@ def test_policies_that_were_aligned_otherwise_are_rows_of_their_own():
         "FedBis, soft_labels True, num_completions 2",
         "FedBis, soft_labels False, num_completions 4",
     ]
+
+
+def test_language_models_as_judges_have_a_row_each_with_means_over_seeds_and_intervals_over_prompts():
+    one = {f"p{i}": float(i % 2) for i in range(6)}
+    two = {**one, "p0": 0.5, "p2": 1.0}
+    runs = []
+    for seed, points, more in ((0, one, ()), (1, two, ("judge.model=m",))):
+        bare = run({"ann": 0.5}, f"seed={seed}", *more)
+        verdicts = (judged("aligned policy", points, 0.25 + seed / 2), judged("after step 2", points))
+        runs.append(RunView(bare.cfg, "", evaluation=bare.evaluation, judged=verdicts))
+    own = judged("raw policy", two, None, on="summarization", against="people's summaries", wording="0" * 64)
+    runs[0] = RunView(runs[0].cfg, "", evaluation=runs[0].evaluation, judged=(*runs[0].judged, own))
+    (method,) = _methods(runs)  # one of them was judged with other settings, which makes no other method
+    (table,) = [t for t in tables_of(Section("t", (method,))) if t[0][0] == "judged by a language model"]
+    rows = [dict(zip(table[0], row, strict=True)) for row in table[1]]
+    assert [(row["policy"], row["judge"], row["seeds"]) for row in rows] == [
+        ("aligned policy", "m, plain", "2"),
+        ("raw policy, summarization", "m, plain, wording 00000000", "1"),
+    ]
+    first = rows[0]
+    assert (first["win rate"], first["each seed"]) == ("0.583", "0.500 0.667")
+    assert (first["ties as half"], first["at equal length"], first["undecided"]) == ("0.625", "0.500", "0.167")
+    prompts = [mean([one[p] == 1, two[p] == 1]) for p in sorted(one)]
+    low, high = bootstrap_interval(prompts, ("compare",))
+    assert first["95% interval"] == f"{low:.3f} to {high:.3f}"
+    assert (rows[1]["at equal length"], rows[1]["against"]) == ("", "people's summaries")
+
+
+def test_a_run_that_only_a_language_model_judged_by_step_has_a_figure_and_signs_have_its_line():
+    rows = [
+        judged("aligned policy", {"a": 1.0, "b": 0.5}, step=4),
+        judged("after step 2", {"a": 1.0, "b": 0.0}, step=2),
+    ]
+    bare = RunView(parse_config("", ()), "", judged=rows)
+    assert by_step(rows) == [
+        {"name": "m, plain (a language model)", "step": step, "policy": name, "win_rate": rate, "independent": True}
+        for name, step, rate in (("after step 2", 2, 0.5), ("aligned policy", 4, 0.75))
+    ]
+    drawn = win_rates(bare)
+    assert drawn is not None
+    assert "75% by m, plain (a language model)" in drawn.svg
+    assert "DPO step" in drawn.svg
+    policies = [
+        {
+            "name": name, "step": step, "judges": [], "kl": 0.0, "words": 2.0, "people_under_policy": None,
+            "answers_under_raw": {"perplexity": 2.0},
+        }
+        for name, step in (("raw policy", 0), ("after step 2", 2), ("aligned policy", 4))
+    ]  # fmt: skip
+    with_signs = RunView(bare.cfg, "", judged=rows, tasks={"perplexity": {"unit": "step", "policies": policies}})
+    signs = signs_of_hacking(with_signs)
+    assert signs is not None
+    assert "75% by m, plain (a language model)" in signs.svg
+    without = signs_of_hacking(RunView(bare.cfg, "", tasks=with_signs.tasks))
+    assert without is not None
+    assert "no judges" in without.svg

@@ -30,6 +30,7 @@ __all__ = [
     "read_choice",
     "read_decision",
     "read_rating",
+    "wording_digest",
 ]
 
 MAX_TEMPLATE_BYTES = 64 * 1024
@@ -120,6 +121,11 @@ def load_wording(protocol: Protocol, path: str) -> str:
         if field not in found:
             raise ConfigError(f"judge.template: {path}: {{{field}}} is missing; this protocol shows {named}")
     return wording
+
+
+def wording_digest(wording: str) -> str:
+    """What stands for a wording in results."""
+    return hashlib.sha256(wording.encode()).hexdigest()
 
 
 def fill(wording: str, texts: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -35,7 +36,20 @@ from fedbiscuit.models.lora import fuse_lora
 from fedbiscuit.models.trees import ATTENTION, SIDE_BY_SIDE, Forest, pack, tree_attention
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError, Weights, seed_for
 
-__all__ = ["LM", "device_names", "hub_name", "load_lm", "load_plain", "load_tokenizer", "resolve_model"]
+__all__ = [
+    "LM",
+    "chat_ids",
+    "device_and_type",
+    "device_names",
+    "hub_name",
+    "load_lm",
+    "load_plain",
+    "load_tokenizer",
+    "plain_ids",
+    "prompt_ids",
+    "public_name",
+    "resolve_model",
+]
 
 transformers.AttentionInterface.register(ATTENTION, tree_attention)
 transformers.AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
@@ -70,7 +84,7 @@ class LM:
         self.digest = digest
         self.device = next(model.parameters()).device
         self.side_by_side = SIDE_BY_SIDE if self.device.type != "cpu" else 0
-        self.start: tuple[int, ...] = tuple(t for t in tokenizer("").input_ids if t != tokenizer.eos_token_id)
+        self.start = start_ids(tokenizer)
         self._causal: Any = model.get_base_model()
         self._slots = {
             name.replace(".default.", "."): parameter
@@ -93,8 +107,7 @@ class LM:
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text. Special tokens written in it stay plain text; nothing is added. Each text is encoded once."""
         if text not in self._encoded:
-            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-            self._encoded[text] = tuple(ids)
+            self._encoded[text] = plain_ids(self.tokenizer, text)
         return self._encoded[text]
 
     def forget_texts(self) -> None:
@@ -106,28 +119,8 @@ class LM:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def chat_prompt(self, prompt: str, system: str = "", chat: bool = True) -> tuple[int, ...]:
-        """Token ids up to where the answer begins, by the model's chat template where it has one.
-
-        The prompt is encoded as plain text between the template's own parts, so that no special token gets in with it.
-        """
-        if not chat or not self.tokenizer.chat_template:
-            return self.start + self.encode(prompt if not system else f"{system}\n\n{prompt}")
-        marks = {"\ue000prompt\ue000": prompt, "\ue000system\ue000": system}
-        roles = ["user", "system"] if system else ["user"]
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=False)][::-1]
-        try:
-            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except (TemplateError, TypeError) as error:
-            raise ConfigError(
-                f"generation.chat: the chat template of {self.name} does not take these messages: {_first_line(error)}; "
-                "leave generation.system empty, or set generation.chat to false"
-            ) from error
-        ids: list[int] = []
-        for part in re.split(f"({'|'.join(marks)})", rendered):
-            ids += (
-                self.encode(marks[part]) if part in marks else self.tokenizer(part, add_special_tokens=False).input_ids
-            )
-        return tuple(ids)
+        """Token ids up to where the answer begins: ``prompt_ids``."""
+        return prompt_ids(self.tokenizer, self.name, prompt, system, chat, self.encode)
 
     @property
     def end(self) -> int:
@@ -142,9 +135,14 @@ class LM:
 
     @property
     def public_name(self) -> str:
-        """What may stand in a file that is handed on: the name, of a path of this machine its last part."""
-        path = Path(self.name).expanduser()
-        return path.resolve().name if path.exists() else self.name
+        """What may stand in a file that is handed on: ``public_name``."""
+        return public_name(self.name)
+
+    def leave_device(self) -> None:
+        """Give the device's memory back, for another program; this LM computes nothing any more."""
+        self.model.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # Computing
 
@@ -362,8 +360,7 @@ def load_lm(settings: ModelSettings, scores: bool = False) -> LM:
     Raises ``ConfigError`` that names what is missing, before anything is trained.
     """
     folder, digest = resolve_model(settings.base)
-    device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
+    device, dtype = device_and_type(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -389,6 +386,54 @@ def load_tokenizer(reference: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{reference}: has no tokenizer that can be loaded: {_first_line(error)}") from error
+
+
+def plain_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a text. Special tokens written in it stay plain text; nothing is added."""
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+
+def start_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What a tokenizer puts before every text."""
+    return tuple(t for t in tokenizer("").input_ids if t != tokenizer.eos_token_id)
+
+
+def prompt_ids(
+    tokenizer: Any,
+    name: str,
+    prompt: str,
+    system: str = "",
+    chat: bool = True,
+    encode: Callable[[str], tuple[int, ...]] | None = None,
+) -> tuple[int, ...]:
+    """Token ids up to where the answer begins, by the model's chat template where it has one."""
+    encode = encode or functools.partial(plain_ids, tokenizer)
+    if not chat or not tokenizer.chat_template:
+        return start_ids(tokenizer) + encode(prompt if not system else f"{system}\n\n{prompt}")
+    turns = [("system", system)] if system else []
+    try:
+        return chat_ids(tokenizer, [*turns, ("user", prompt)], encode, asks=True)
+    except (TemplateError, TypeError) as error:
+        raise ConfigError(
+            f"generation.chat: the chat template of {name} does not take these messages: {_first_line(error)}; "
+            "leave generation.system empty, or set generation.chat to false"
+        ) from error
+
+
+def chat_ids(
+    tokenizer: Any, turns: Sequence[tuple[str, str]], encode: Callable[[str], tuple[int, ...]], asks: bool
+) -> tuple[int, ...]:
+    """Token ids of (role, text) turns by the tokenizer's chat template; ``asks``: up to where the next answer begins.
+
+    The texts are encoded as plain text between the template's own parts, so that no special token gets in with them.
+    """
+    marks = {f"\ue000{number}\ue000": text for number, (_, text) in enumerate(turns)}
+    messages = [{"role": role, "content": mark} for (role, _), mark in zip(turns, marks, strict=True)]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False)
+    ids: list[int] = []
+    for part in re.split(f"({'|'.join(marks)})", rendered):
+        ids += encode(marks[part]) if part in marks else tokenizer(part, add_special_tokens=False).input_ids
+    return tuple(ids)
 
 
 def load_plain(name: str, folder: str, dtype: torch.dtype, attention: str | None = None) -> tuple[Any, Any]:
@@ -450,6 +495,12 @@ def resolve_model(reference: str) -> tuple[str, str]:
             "give a local folder, a .gguf file or package:NAME/FILE"
         ) from error
     return resolve_model(folder)
+
+
+def public_name(name: str) -> str:
+    """What may stand in a file that is handed on: the name, of a path of this machine its last part."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
 
 
 def hub_name(public_name: str) -> str:
@@ -593,6 +644,12 @@ def device_names(name: str, count: int) -> list[str]:
     if start + count > there:
         raise ConfigError(f"--gpus: {count}, but this machine has {there} GPUs; use at most {there - start}")
     return [f"cuda:{start + i}" for i in range(count)]
+
+
+def device_and_type(settings: ModelSettings) -> tuple[torch.device, torch.dtype]:
+    """Where and in which numbers a model computes."""
+    device = _device(settings.device)
+    return device, _dtype(settings.dtype, device)
 
 
 def _device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from pathlib import Path
 from fedbiscuit.config import Config
 from fedbiscuit.pipeline.alignment import align_policy
 from fedbiscuit.pipeline.comparing import evaluate_run
+from fedbiscuit.pipeline.contests import HELD_OUT, check_contest
 from fedbiscuit.pipeline.judges import check_judges
 from fedbiscuit.pipeline.judging import check_judge, judge_run
 from fedbiscuit.pipeline.labels import check_labeling, write_and_label
@@ -113,8 +114,20 @@ def evaluate_task(
         return session.run.path
 
 
-def judge(cfg: Config, progress: Progress = silent) -> Path:
-    """A language model judges the aligned policy against the raw one; returns ``evaluations/judge-PROTOCOL.json``."""
+def judge(
+    cfg: Config,
+    progress: Progress = silent,
+    on: str = HELD_OUT,
+    checkpoints: bool = False,
+    checkpoint: int | None = None,
+) -> Path:
+    """A language model judges policies' answers against others (``contests.CONTESTS``); returns the file with the results.
+
+    That is ``evaluations/judge-PROTOCOL.json``. On held-out prompts the aligned policy against the raw one; with
+    ``checkpoints`` all that were kept too, with ``checkpoint`` that one alone.
+    """
+    asked = Asked(checkpoints, checkpoint)
+    check_contest(on, asked)
     check_judge(cfg.judge)
     with open_run(cfg, progress) as session:
-        return session.run.path / judge_run(session)
+        return session.run.path / judge_run(session, on, asked)

@@ -1,7 +1,8 @@
-"""Who says which of two policies answers better: this run's selectors, those of other runs, and a known truth."""
+"""Who says which of two policies answers better: selectors of this run and of others, reward models, a known truth."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ from fedbiscuit.config import Config, LabelSettings, load_config
 from fedbiscuit.data.encoding import EXTRA, load_template
 from fedbiscuit.data.sources import load
 from fedbiscuit.evaluation.winrate import win_rate
+from fedbiscuit.models.rewards import RewardModel, check_reward_model, load_reward_model
 from fedbiscuit.models.selector import Selector, choice_probability, letter_margins, vote
 from fedbiscuit.pipeline.session import Session, silent
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.types import Comparison, ConfigError, Weights
 
-__all__ = ["Judge", "check_judges", "judges_of", "labeler", "labeling_selector", "said", "verdicts"]
+__all__ = ["Gold", "Judge", "check_judges", "judges_of", "labeler", "labeling_selector", "said", "verdicts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,22 @@ class Judge:
     independent: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """A reward model from elsewhere, which prefers the answer with the higher score."""
+
+    name: str
+    model: RewardModel
+    independent: bool = True
+
+
 def check_judges(session: Session) -> None:
     """Stop where ``evaluation.judges`` names what cannot judge, before anything is computed."""
     for path in session.cfg.evaluation.judges:
-        _settings(session, path, "evaluation.judges")
+        if _is_model(path):
+            check_reward_model(path)
+        else:
+            _settings(session, path, "evaluation.judges")
 
 
 def labeling_selector(session: Session) -> Selector:
@@ -54,15 +68,19 @@ def labeler(session: Session) -> Judge:
     return Judge(f"the vote of the selectors of {run.path.name}, which labeled", selector, adapters, labels, False)
 
 
-def judges_of(session: Session) -> list[Judge]:
-    """Who labeled, and the selectors of the runs that ``evaluation.judges`` names."""
+def judges_of(session: Session) -> list[Judge | Gold]:
+    """Who labeled, and whom ``evaluation.judges`` names: selectors of runs, reward models."""
     cfg = session.cfg
     own = [labeler(session)] if cfg.selectors.local.objective == "choice" else []
-    return own + [_judge_from(session, path) for path in cfg.evaluation.judges]
+    return [*own, *(_judge_from(session, path) for path in cfg.evaluation.judges)]
 
 
 def verdicts(
-    session: Session, judges: Sequence[Judge], prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    session: Session,
+    judges: Sequence[Judge | Gold],
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Each judge's verdict on the first answers against the second, and in the demo world that of the truth."""
     cfg, key = session.cfg, (session.cfg.seed, "win rate")
@@ -81,9 +99,14 @@ def verdicts(
 
 
 def said(
-    session: Session, judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    session: Session, judge: Judge | Gold, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
 ) -> list[float]:
-    """(n) probability that the first answer is better, by the vote in both orders; equal answers are a tie."""
+    """(n) probability that the first answer is better, by the vote in both orders; equal answers are a tie.
+
+    Of a reward model, that of Bradley and Terry.
+    """
+    if isinstance(judge, Gold):
+        return _said_by_scores(session, judge.model, prompts, first, second)
     fields = session.dataset.fields
     comparisons = [
         Comparison(p, a, b, meta={"fields": fields.get(p, {})}) for p, a, b in zip(prompts, first, second, strict=True)
@@ -92,19 +115,37 @@ def said(
     margins = letter_margins(judge.selector, judge.adapters, fitting, session.cfg.evaluation.batch_size)
     voted = iter(vote(choice_probability(margins, judge.labels.temperature), judge.labels.vote).probability.tolist())
     unread = {id(comparison) for comparison in left_out}
-    if unread:
-        reason = "pairs of answers to judge that do not fit max_tokens, counted as ties"
-        session.left_out[reason] = session.left_out.get(reason, 0) + len(unread)
+    _note(session, "pairs of answers to judge that do not fit max_tokens, counted as ties", len(unread))
     probabilities = [0.5 if id(comparison) in unread else next(voted) for comparison in comparisons]
     return [0.5 if a == b else p for p, a, b in zip(probabilities, first, second, strict=True)]
+
+
+def _said_by_scores(
+    session: Session, model: RewardModel, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+) -> list[float]:
+    pairs = list(zip(model.scores(prompts, first), model.scores(prompts, second), strict=True))
+    read = [(a, b) for a, b in pairs if a is not None and b is not None]
+    _note(session, f"pairs of answers longer than {model.name} reads, counted as ties", len(pairs) - len(read))
+    return [0.5 if a is None or b is None else 1 / (1 + math.exp(min(b - a, 700.0))) for a, b in pairs]
+
+
+def _note(session: Session, reason: str, count: int) -> None:
+    if count:
+        session.left_out[reason] = session.left_out.get(reason, 0) + count
+
+
+def _is_model(path: str) -> bool:
+    """Whether a folder is a model of transformers, not a run."""
+    return (Path(path) / "config.json").is_file()
 
 
 def _settings(session: Session, path: str, key: str) -> Config:
     """Settings of a run that can judge; ``ConfigError`` says why it cannot. ``key``: the setting that names it."""
     folder = Path(path)
     if not (folder / "selectors" / "u0").is_dir():
+        other = ", or of a reward model of transformers" if key == "evaluation.judges" else ""
         raise ConfigError(
-            f"{key}: {path} has no trained selectors; name the folder of a run that `fedbiscuit train` made"
+            f"{key}: {path} has no trained selectors; name the folder of a run that `fedbiscuit train` made{other}"
         )
     cfg = load_config(folder / "config.yaml")
     needed = [field for field in load_template(cfg.data.template).fields if field in EXTRA]
@@ -123,7 +164,10 @@ def _selector(session: Session, cfg: Config) -> Selector:
     return Selector.of(lm, load_template(data.template), data.choice_tokens, data.max_tokens, kind=kind)
 
 
-def _judge_from(session: Session, path: str) -> Judge:
+def _judge_from(session: Session, path: str) -> Judge | Gold:
+    if _is_model(path):
+        model = load_reward_model(path, session.cfg.model)
+        return Gold(f"the reward model {model.name}", model)
     cfg = _settings(session, path, "evaluation.judges")
     judging = Session(cfg, RunDir.view(path), load(cfg.data, cfg.seed), silent, models=session.models)
     judging.run.check_same("manifest.json", {"data": judging.dataset.digests}, "data files")

@@ -1,4 +1,4 @@
-"""A language model judges the aligned policy's answers against the raw one's: ``evaluations/judge-PROTOCOL.json``.
+"""A language model judges a policy's answers against others: ``evaluations/judge-PROTOCOL.json``.
 
 Every reply of the judge is kept in ``evaluations/judge-PROTOCOL.jsonl`` as it comes in, under a digest of all that it
 depends on; what is there is not asked, and not paid, again.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,13 +25,17 @@ from fedbiscuit.evaluation.judge import (
     outcome_of_pair,
     outcome_of_ratings,
     question_key,
+    wording_digest,
 )
+from fedbiscuit.evaluation.lengths import length_controlled
 from fedbiscuit.evaluation.metrics import bootstrap_interval
 from fedbiscuit.evaluation.winrate import strict_win_rate
-from fedbiscuit.pipeline.answers import held_out_answers
-from fedbiscuit.pipeline.asking import ask_here, ask_server, judge_lm, key_of, say_what_leaves
+from fedbiscuit.models.vllm_engine import check_vllm
+from fedbiscuit.pipeline.asking import ask_here, ask_server, judge_identity, key_of, say_what_leaves
+from fedbiscuit.pipeline.contests import CONTESTS, HELD_OUT, Contest
 from fedbiscuit.pipeline.session import Session
-from fedbiscuit.types import ConfigError, DataError, FedbiscuitError, rng_for
+from fedbiscuit.pipeline.tasks.asked import Asked
+from fedbiscuit.types import ConfigError, FedbiscuitError, rng_for
 
 __all__ = ["check_judge", "judge_run"]
 
@@ -40,9 +45,11 @@ ENOUGH_REFUSALS = 3
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a judge is asked about one prompt. answers: as it is shown them. swapped: the raw answer stands first."""
+    """What a judge is asked about one prompt. answers: as it is shown them. swapped: the policy's own stands second."""
 
-    prompt: int
+    place: int
+    """Of the prompt in its contest."""
+    prompt: str
     answers: tuple[str, ...]
     swapped: bool
     text: str
@@ -57,59 +64,51 @@ def check_judge(settings: JudgeSettings) -> None:
         )
     if settings.endpoint:
         key_of(settings)
+    elif settings.engine == "vllm":
+        check_vllm()
     load_wording(PROTOCOLS[settings.protocol], settings.template)
 
 
-def judge_run(session: Session) -> str:
-    """Judge the run's answers to held-out prompts; returns the name of the file with the result."""
+def judge_run(session: Session, on: str, asked: Asked) -> str:
+    """Judge the answers of ``on`` (``contests.CONTESTS``); returns the name of the file with the results.
+
+    Those of this time stand at its end. Earlier ones of the same judge stay where they are of other checkpoints, asked
+    about in the same way.
+    """
     settings, run = session.cfg.judge, session.run
     wording = load_wording(PROTOCOLS[settings.protocol], settings.template)
-    if not (run.path / "policy").is_dir():
-        raise ConfigError(f"{run.path}: there is no aligned policy to judge; run `fedbiscuit align {run.path}` first")
-    prompts = session.held_out_prompts[: session.cfg.evaluation.num_prompts]
-    if not prompts:
-        raise DataError("there is no prompt that the policy was not trained on; set data.prompts")
-    raw = [row["text"] for row in held_out_answers(session, prompts, None)]
-    aligned = [row["text"] for row in held_out_answers(session, prompts, "policy")]
-    judge = _identity(session)
-    questions = _questions(session, wording, judge, prompts, aligned, raw)
+    contests = CONTESTS[on](session, asked)
+    judge = judge_identity(session)
+    questions = [_questions(session, wording, judge, contest) for contest in contests]
     kept = _kept(session)
-    num_kept = len({q.key for q in questions} & kept.keys())
-    refused = _ask(session, judge, prompts, questions, kept)
+    before = set(kept)
+    refused = _ask(session, judge, contests, [one for each in questions for one in each], kept)
+    whole = [wording, settings.orders, list(contests[0].prompts), list(contests[0].theirs)]
+    way = {"judge": judge, "on": on, "way": hashlib.sha256(json.dumps(whole).encode()).hexdigest()}
+    results = [
+        way | {"wording": wording_digest(wording)}
+        | _result(session, contest, each, kept, refused, before)
+        for contest, each in zip(contests, questions, strict=True)
+    ]  # fmt: skip
     name = f"evaluations/judge-{settings.protocol}.json"
-    result = _result(session, judge, questions, kept, refused)
-    result |= {"wording": hashlib.sha256(wording.encode()).hexdigest(), "replies_from_before": num_kept}
-    others = [one for one in (run.read_json(name) or {}).get("judges", []) if one["judge"] != judge]
-    run.write_json(name, {"protocol": settings.protocol, "judges": [*others, result]})
+    earlier = (run.read_json(name) or {}).get("judges", [])
+    judged = {contest.policy for contest in contests}
+    others = [one for one in earlier if (one["judge"], one.get("on", HELD_OUT)) != (judge, on)]
+    along = [one for one in earlier if way.items() <= one.items() and on == HELD_OUT and one["policy"] not in judged]
+    results.sort(key=lambda one: one["step"] or 0)
+    run.write_json(name, {"protocol": settings.protocol, "judges": [*others, *along, *results]})
     return name
 
 
 # Questions
 
 
-def _identity(session: Session) -> dict[str, Any]:
-    """Who judges and how it writes: with the question all that a reply depends on."""
-    settings = session.cfg.judge
-    how = {"max_tokens": settings.max_tokens, "temperature": settings.temperature}
-    if settings.endpoint:
-        return {"model": settings.model, "endpoint": settings.endpoint.rstrip("/"), **how}
-    lm = judge_lm(session)
-    return {"model": lm.public_name, "digest": lm.digest, **how}
-
-
-def _questions(
-    session: Session,
-    wording: str,
-    judge: Mapping[str, Any],
-    prompts: Sequence[str],
-    aligned: Sequence[str],
-    raw: Sequence[str],
-) -> list[Question]:
+def _questions(session: Session, wording: str, judge: Mapping[str, Any], contest: Contest) -> list[Question]:
     """All questions in the order of the prompts; none about a pair of equal answers."""
     settings = session.cfg.judge
     protocol = PROTOCOLS[settings.protocol]
     questions = []
-    for i, (prompt, ours, theirs) in enumerate(zip(prompts, aligned, raw, strict=True)):
+    for i, (prompt, ours, theirs) in enumerate(zip(contest.prompts, contest.ours, contest.theirs, strict=True)):
         shown: list[tuple[tuple[str, ...], bool]] = [((ours, theirs), False), ((theirs, ours), True)]
         if not protocol.pairwise:
             shown = [((ours,), False), ((theirs,), True)]
@@ -120,7 +119,7 @@ def _questions(
         for answers, swapped in shown:
             text = fill(wording, dict(zip(protocol.fields, (prompt, *answers), strict=True)))
             key = question_key(settings.protocol, wording, judge, prompt, answers)
-            questions.append(Question(i, answers, swapped, text, key))
+            questions.append(Question(i, prompt, answers, swapped, text, key))
     return questions
 
 
@@ -144,7 +143,7 @@ def _kept(session: Session) -> dict[str, Reply]:
 def _ask(
     session: Session,
     judge: Mapping[str, Any],
-    prompts: Sequence[str],
+    contests: Sequence[Contest],
     questions: Sequence[Question],
     kept: dict[str, Reply],
 ) -> dict[str, str]:
@@ -155,13 +154,13 @@ def _ask(
         return refused
     file, total, answered = _replies_file(session), len({q.key for q in questions}), 0
     if session.cfg.judge.endpoint:
-        say_what_leaves(session, prompts)
+        say_what_leaves(session, contests)
     ask = ask_server if session.cfg.judge.endpoint else ask_here
     try:
         with contextlib.closing(ask(session, [question.text for question in missing])) as replies:
             for number, reply in replies:
                 question = missing[number]
-                row = {"key": question.key, "judge": judge, "prompt": prompts[question.prompt]}
+                row = {"key": question.key, "judge": judge, "prompt": question.prompt}
                 session.run.append_lines(file, [{**row, "answers": question.answers, **asdict(reply)}])
                 if reply.refused:
                     refused[question.key] = reply.refused
@@ -188,46 +187,53 @@ def _ask(
 
 def _result(
     session: Session,
-    judge: Mapping[str, Any],
+    contest: Contest,
     questions: Sequence[Question],
     kept: Mapping[str, Reply],
     refused: Mapping[str, str],
+    before: Container[str],
 ) -> dict[str, Any]:
-    """Counts, win rate, and what was said of every prompt; ``said`` is as points of the aligned answer, or ratings."""
+    """Counts, win rate, and what was said of every prompt; ``said`` is as points of the policy's answer, or ratings."""
     cfg, settings = session.cfg, session.cfg.judge
-    protocol = PROTOCOLS[settings.protocol]
+    protocol, num_prompts = PROTOCOLS[settings.protocol], len(contest.prompts)
     by_prompt: dict[int, list[Question]] = {}
     for question in questions:
-        by_prompt.setdefault(question.prompt, []).append(question)
-    num_prompts = len(session.held_out_prompts[: cfg.evaluation.num_prompts])
+        by_prompt.setdefault(question.place, []).append(question)
     outcomes = [_outcome(protocol, by_prompt.get(i, []), kept) for i in range(num_prompts)]
+    points = [outcome.points for outcome in outcomes]
     why = Counter(outcome.why for outcome in outcomes)
     replies = [kept[q.key] for q in questions if q.key in kept]
     unread = [reply for reply in replies if protocol.read(reply.text) is None]
-    key = (cfg.seed, "judge", settings.protocol)
+    turned_down = {q.key: refused[q.key] for q in questions if q.key in refused}
+    key, resamples = (cfg.seed, "judge", settings.protocol), cfg.evaluation.bootstrap
     return {
-        "judge": dict(judge),
+        "policy": contest.policy,
+        "step": contest.step,
+        "against": contest.against,
         "orders": settings.orders if protocol.pairwise else None,
         "prompts": num_prompts,
-        "win_rate": strict_win_rate([outcome.points for outcome in outcomes], key, cfg.evaluation.bootstrap),
-        "ratings": None if protocol.pairwise else _ratings(outcomes, key, cfg.evaluation.bootstrap),
+        "win_rate": strict_win_rate(points, key, resamples),
+        "length_controlled": length_controlled(points, contest.ours, contest.theirs, key, resamples),
+        "ratings": None if protocol.pairwise else _ratings(outcomes, key, resamples),
         "inconsistent": {"count": why["inconsistent"], "share": why["inconsistent"] / num_prompts},
         "unparsable": {
             "prompts": why["unparsable"],
             "replies": len(unread),
             "cut_off": sum(not reply.finished for reply in unread),
-            "refused": len(refused),
+            "refused": len(turned_down),
             "asked": len(questions),
-            "first": next((reply.text for reply in unread), None) or next(iter(refused.values()), None),
+            "first": next((reply.text for reply in unread), None) or next(iter(turned_down.values()), None),
         },
         "identical": why["identical"],
         "tokens": {
             "in": sum(reply.tokens_in or 0 for reply in replies),
             "out": sum(reply.tokens_out or 0 for reply in replies),
         },
+        "replies_from_before": len({q.key for q in questions if q.key in before}),
         "outcomes": [
             {
                 "prompt": i,
+                "digest": hashlib.sha256(contest.prompts[i].encode("utf-8", "surrogatepass")).hexdigest()[:16],
                 "points": outcome.points,
                 "why": outcome.why,
                 "said": outcome.said,
@@ -249,9 +255,9 @@ def _outcome(protocol: Protocol, questions: Sequence[Question], kept: Mapping[st
 
 
 def _ratings(outcomes: Sequence[Outcome], key: tuple[object, ...], resamples: int) -> dict[str, Any]:
-    """Mean rating of aligned and raw answers, over the answers that were rated."""
+    """Mean rating of the policy's answers and of those that they are against, over the answers that were rated."""
     found = {}
-    for i, name in enumerate(("aligned", "raw")):
+    for i, name in enumerate(("policy", "against")):
         given = [rating for outcome in outcomes if (rating := outcome.said[i]) is not None]
         mean = sum(given) / len(given) if given else None
         interval = bootstrap_interval(given, (*key, name), resamples) if given else None

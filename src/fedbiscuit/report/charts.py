@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedbiscuit.report.canvas import Drawing, colour, colour_of, draw, marker_of, percents, whole_numbers
+from fedbiscuit.report.judgements import LAST, by_step
 from fedbiscuit.report.markup import count, name_on_axis, percent, shortened, visible
 from fedbiscuit.report.reading import RunView
 
@@ -144,30 +145,40 @@ def _alignment(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def win_rates(run: RunView) -> Drawing | None:
     """The aligned policy against the raw one by each judge; by step where checkpoints were judged."""
-    judges = run.policy.get("judges") or []
+    others = by_step(run.judged)
+    judges = [*(run.policy.get("judges") or []), *(one for one in others if one["policy"] in LAST)]
     checkpoints = run.policy.get("checkpoints") or []
     if not judges:
         return None
     unit = "DPO step" if run.cfg.selectors.local.objective == "choice" else "round"
     said = "; ".join(f"{percent(judge['win_rate'], 0)} by {judge['name']}" for judge in judges)
-    height = 80 + 56 * len(judges) + (len(_along(checkpoints)) * 190 if len(checkpoints) > 1 else 0)
+    height = 80 + 56 * len(judges) + 190 * len(_along(checkpoints, others))
     svg = draw(
-        "wins", f"Win rate of the aligned policy: {said}.", height, lambda f: _wins(f, judges, checkpoints, unit)
+        "wins",
+        f"Win rate of the aligned policy: {said}.",
+        height,
+        lambda f: _wins(f, judges, checkpoints, others, unit),
     )
     caption = "Share of held-out prompts on which the aligned policy’s answer wins (ties half), with 95% intervals."
     return Drawing("wins", "Aligned against raw policy", svg, caption)
 
 
-def _along(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What checkpoints have a number for, and how it is called."""
+def _along(checkpoints: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What checkpoints have a number for, and how it is called; ``others`` have a win rate alone."""
+    if len(checkpoints) < 2:
+        return {"win_rate": "win rate"} if len(others) > 1 else {}
     named = {"win_rate": "win rate", "words": "words an answer", "kl": "nats from the raw policy, an answer"}
     return {key: name for key, name in named.items() if all(key in c for c in checkpoints)}
 
 
 def _wins(
-    figure: Figure, judges: Sequence[Mapping[str, Any]], checkpoints: Sequence[Mapping[str, Any]], unit: str
+    figure: Figure,
+    judges: Sequence[Mapping[str, Any]],
+    checkpoints: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
+    unit: str,
 ) -> None:
-    along = _along(checkpoints) if len(checkpoints) > 1 else {}
+    along = _along(checkpoints, others)
     heights = (56 * len(judges) + 30, *[190] * len(along))
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
     axes = panels[0, 0]
@@ -188,7 +199,7 @@ def _wins(
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "raw wins", "draw", "aligned wins", "100%"])
     axes.tick_params(axis="x", length=0)
     for row, (key, name) in enumerate(along.items(), 1):
-        _by_step(panels[row, 0], checkpoints, key, name)
+        _by_step(panels[row, 0], [*checkpoints, *others] if key == "win_rate" else checkpoints, key, name)
     if along:
         panels[-1, 0].set_xlabel(unit)
 

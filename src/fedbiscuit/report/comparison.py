@@ -24,7 +24,7 @@ __all__ = ["Difference", "Method", "Section", "alignment_curves", "compare", "re
 WITHOUT_INFLUENCE = (
     "name", "runs_dir", "seed", "evaluation", "model.threads", "model.trunk_gigabytes", "data.path", "selectors.save_every",
     "selectors.keep_every", "selectors.eval_every", "selectors.eval_comparisons", "alignment.save_every",
-    "alignment.keep_every",
+    "alignment.keep_every", "judge", "trackers",
 )  # fmt: skip
 """Settings that make no other result, or only the seed's kind of another one."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedbiscuit.report.canvas import Drawing
 from fedbiscuit.report.charts import accuracy_by_client, alignment_by_step, calibration_curve, win_rates
+from fedbiscuit.report.judgements import judgement_notes, judgement_table
 from fedbiscuit.report.markup import Cell, count, duration, escaped, interval, number, percent, shortened, table
 from fedbiscuit.report.plots import accuracy_by_round, bytes_by_round, flips_by_round, groups_over_time
 from fedbiscuit.report.reading import RunView
@@ -136,12 +137,14 @@ def _policy(run: RunView) -> str:
 
 
 def _tasks(run: RunView) -> str:
+    made = [(tables_of(result), notes_of(result)) for result in run.tasks.values()]
+    made += [([judgement_table(run.judged)], judgement_notes(run.judged))] if run.judged else []
     parts = []
-    for result in run.tasks.values():
-        for title, header, rows in tables_of(result):
+    for tables, notes in made:
+        for title, header, rows in tables:
             cells = [tuple(map(Cell, row)) for row in rows]
             parts.append(f"<h3>{escaped(title)}</h3>\n" + table(title, header, cells))
-        parts += [f'<p class="note">{escaped(note)}</p>\n' for note in notes_of(result)]
+        parts += [f'<p class="note">{escaped(note)}</p>\n' for note in notes]
     return f"<section>\n<h2>Further evaluations</h2>\n{''.join(parts)}</section>" if parts else ""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbiscuit.config import Config, load_config
+from fedbiscuit.evaluation.judge import PROTOCOLS
 from fedbiscuit.report.style import GROUPS
 from fedbiscuit.report.tasks import TABLES
 from fedbiscuit.rundir import RunDir
@@ -55,6 +56,8 @@ class RunView:
     """Prompts that the policy has written completions for."""
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By name, the evaluations of their own (``evaluations/NAME.json``)."""
+    judged: Sequence[Row] = ()
+    """What language models said, each with its ``protocol`` (``evaluations/judge-PROTOCOL.json``)."""
     folders: frozenset[str] = frozenset()
     """Which of ``FOLDERS`` are there."""
 
@@ -125,6 +128,12 @@ def read_run(run_dir: Path) -> RunView:
         data=run.read_json("left_out.json") or {},
         num_completions=len(run.read_lines("completions.jsonl")),
         tasks={name: found for name in TABLES if (found := run.read_json(f"evaluations/{name}.json"))},
+        judged=[
+            {"protocol": protocol, **one}
+            for protocol in PROTOCOLS
+            for one in (run.read_json(f"evaluations/judge-{protocol}.json") or {}).get("judges", ())
+            if "on" in one
+        ],
         folders=frozenset(name for name in FOLDERS if (run_dir / name).is_dir()),
     )
 

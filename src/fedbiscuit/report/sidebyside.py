@@ -18,6 +18,7 @@ from fedbiscuit.report.comparison import (
     mean_and_interval,
     read_sections,
 )
+from fedbiscuit.report.judgements import HELD_OUT, LAST, judge_name
 from fedbiscuit.report.reading import RunView
 from fedbiscuit.report.style import LIGHT
 from fedbiscuit.rundir import atomic_write
@@ -51,11 +52,14 @@ def write_markdown(run_dirs: Sequence[Path], out: Path) -> list[Path]:
 
 
 def tables_of(section: Section) -> list[Table]:
-    """How often people are agreed with, differences to the first row, calibration, policies, cost.
+    """How often people are agreed with, differences to the first row, calibration, policies, language models as judges, cost.
 
     Tables without rows and columns without content are left out.
     """
-    made = (_agreement(section), _differences(section), _calibration(section), _policies(section), _cost(section))
+    made = (
+        _agreement(section), _differences(section), _calibration(section), _policies(section), _judged(section),
+        _cost(section),
+    )  # fmt: skip
     tables: list[Table] = []
     for header, rows in made:
         used = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
@@ -166,6 +170,39 @@ def _policies(section: Section) -> Table:
             each = " ".join(_share(rate) for rate in rates)
             kl = _mean([policy.get("kl") for policy in aligned], 1)
             rows.append((method.name, str(name), str(len(rates)), _mean(rates), each, *words, kl))
+    return header, rows
+
+
+def _judged(section: Section) -> Table:
+    """Policies by language models: means over prompts, then over seeds; intervals from resampling prompts."""
+    header = (
+        "judged by a language model", "policy", "against", "judge", "seeds", "win rate", "95% interval", "each seed",
+        "ties as half", "at equal length", "undecided",
+    )  # fmt: skip
+    rows = []
+    for method in section.methods:
+        groups: dict[tuple[str, ...], dict[int, Any]] = {}
+        for run in method.runs:
+            for one in run.judged:
+                if one["on"] != HELD_OUT or one["policy"] in LAST:
+                    policy = one["policy"] if one["on"] == HELD_OUT else f"{one['policy']}, {one['on']}"
+                    groups.setdefault((policy, one["against"], judge_name(one)), {})[run.cfg.seed] = one
+        for told, by_seed in groups.items():
+            wins = {
+                seed: {row["digest"]: float(row["points"] == 1) for row in one["outcomes"]}
+                for seed, one in by_seed.items()
+            }
+            held = list(by_seed.values())
+            _, interval = mean_and_interval(wins)
+            rates = [one["win_rate"]["win_rate"] for one in held]
+            rows.append(
+                (
+                    method.name, *told, str(len(held)), _mean(rates), _interval(interval), " ".join(map(_share, rates)),
+                    _mean([one["win_rate"]["win_rate_ties_half"] for one in held]),
+                    _mean([one["length_controlled"]["win_rate"] for one in held if one["length_controlled"]]),
+                    _mean([(one["inconsistent"]["count"] + one["unparsable"]["prompts"]) / one["prompts"] for one in held]),
+                )
+            )  # fmt: skip
     return header, rows
 
 

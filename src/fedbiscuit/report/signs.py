@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedbiscuit.report.canvas import Drawing, colour, draw, percents, whole_numbers
+from fedbiscuit.report.judgements import by_step
 from fedbiscuit.report.markup import percent, shortened, visible
 from fedbiscuit.report.reading import RunView
 
@@ -22,9 +23,13 @@ STYLES = ((0, (5, 1.5)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 def signs_of_hacking(run: RunView) -> Drawing | None:
     """Win rates by step, and below them distance, perplexities and length. From three policies on."""
     found = run.tasks.get("perplexity") or {}
-    rows = found.get("policies") or []
-    if len(rows) < 3:
+    policies = found.get("policies") or []
+    if len(policies) < 3:
         return None
+    judged = by_step(run.judged)
+    rows = [
+        {**row, "judges": [*row["judges"], *(one for one in judged if one["step"] == row["step"])]} for row in policies
+    ]
     last = rows[-1]
     said = "; ".join(f"{percent(judge['win_rate'], 0)} by {judge['name']}" for judge in last["judges"])
     label = f"Line charts from the raw policy to {last['name']}, {last['kl']:.1f} nats away: {said or 'no judges'}."
