@@ -104,5 +104,5 @@ def judge_lm(session: Session) -> LM:
     for settings in (cfg.model, cfg.policy_model or cfg.model):
         if settings.base == cfg.judge.model:
             return session.lm_of(settings)
-    how = cfg.model.model_dump(include={"dtype", "device", "threads"})
+    how = cfg.model.model_dump(include={"dtype", "quantize", "device", "threads"})
     return session.lm_of(ModelSettings(base=cfg.judge.model, **how))

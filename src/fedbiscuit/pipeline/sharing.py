@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedbiscuit.config import Config, load_config
+from fedbiscuit.config import Config, ModelSettings, load_config
 from fedbiscuit.models.hub import check_name, upload
 from fedbiscuit.models.lm import hub_name
 from fedbiscuit.models.merging import write_merged
@@ -105,7 +105,7 @@ def _export_selectors(run: RunDir, cfg: Config, to: Path, which: str, merge: boo
     card = selector_card(_facts(run, cfg, content.base, merge, base), numbers, content.temperature)
     with new_folder(to) as folder:
         write_selector_file(folder, replace(content, adapters=names))
-        _write_weights(places, [folder / name for name in names], cfg.model.base, folder, card, base)
+        _write_weights(places, [folder / name for name in names], cfg.model, folder, card, base)
     return to
 
 
@@ -117,8 +117,7 @@ def _export_policy(run: RunDir, cfg: Config, to: Path, merge: bool, base: str) -
     name = read_adapter_config(place).get("base_model_name_or_path", "")
     card = policy_card(_facts(run, cfg, name, merge, base))
     with new_folder(to) as folder:
-        reference = (cfg.policy_model or cfg.model).base
-        _write_weights([place], [] if merge else [folder], reference, folder, card, base)
+        _write_weights([place], [] if merge else [folder], cfg.policy_model or cfg.model, folder, card, base)
     return to
 
 
@@ -132,11 +131,11 @@ def _numbers(which: str, count: int, place: Path) -> list[int]:
 
 
 def _write_weights(
-    places: Sequence[Path], targets: Sequence[Path], reference: str, folder: Path, card: str, base: str
+    places: Sequence[Path], targets: Sequence[Path], model: ModelSettings, folder: Path, card: str, base: str
 ) -> None:
     """Adapters from ``places`` to ``targets``, or without targets the first one merged into the base; and the card."""
     if not targets:
-        write_merged(reference, places[0], folder)
+        write_merged(model, places[0], folder)
     for place, target in zip(places, targets, strict=False):
         target.mkdir(exist_ok=True)
         config = read_adapter_config(place)
