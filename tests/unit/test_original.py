@@ -180,7 +180,11 @@ def test_what_is_wrong_in_an_old_file_is_named_with_its_line_and_old_key(text, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("[{adapter_method: ia3}]", "adapter_method 'ia3' is not permitted; it must be lora"),
+        (
+            "[{adapter_method: ia3}]",
+            r"'ia3' is not permitted; it must be lora\. Supported are LoRA, rsLoRA.*FFA-LoRA.*QLoRA",
+        ),
+        ("[{use_dora: True}]", "use_dora is not a setting of the adapter that we know; there are .*use_rslora"),
         ("[{r: 4, alpha: 3}]", "alpha is not a setting of the adapter"),
         ("[]", "expected a list of one adapter"),
     ],

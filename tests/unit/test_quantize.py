@@ -185,7 +185,9 @@ def test_only_the_adapter_learns_and_checkpointing_changes_no_gradient(load_tiny
 
 
 @needs_bitsandbytes
-def test_the_merged_model_is_what_was_trained_and_not_the_sum_with_the_original_weights(load_tiny, tiny_model, tmp_path):
+def test_the_merged_model_is_what_was_trained_and_not_the_sum_with_the_original_weights(
+    load_tiny, tiny_model, tmp_path
+):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     lm = with_adapter(load_tiny(quantize="nf4"))

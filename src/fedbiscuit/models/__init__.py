@@ -2,4 +2,6 @@
 
 import logging
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT loads it where it is there; it warns of kernels we do not use
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # PEFT loads it where it is there; it warns of kernels we do not use

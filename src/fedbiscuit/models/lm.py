@@ -443,7 +443,7 @@ def load_plain(
     """
     more: dict[str, Any] = {}
     if quantize != "none":
-        more["quantization_config"] = transformers.BitsAndBytesConfig(
+        more["quantization_config"] = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type=quantize,
             bnb_4bit_use_double_quant=True,

@@ -11,6 +11,7 @@ the processor, which give other last bits (on some processors a weight rounded t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def fuse_lora(model: torch.nn.Module, adapter: str = "default") -> int:
     fused = 0
     for module in model.modules():
         if isinstance(module, LoraLayer) and _is_plain(module, adapter):
-            module.forward = _Fused(module, adapter)  # type: ignore[method-assign]
+            module.forward = _Fused(module, adapter)
             fused += 1
         elif _is_packed(module):
             module.forward = _Packed(module)
@@ -43,7 +44,8 @@ def unpacked(weight: Tensor) -> Tensor:
         return weight
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, state)
+    dense: Tensor = dequantize_4bit(weight.data, state)
+    return dense
 
 
 def _is_packed(module: torch.nn.Module) -> bool:
@@ -74,10 +76,10 @@ class _Packed:
         self._module = module
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight, bias = self._module.weight, self._module.bias
+        weight: Tensor = self._module.weight
         if x.dtype != _type_of(weight):
             raise TypeError(f"a layer packed from {_type_of(weight)} was given {x.dtype}")
-        out: Tensor = _PackedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        out: Tensor = _PackedLinear.apply(x, weight, self._module.bias)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -86,7 +88,7 @@ class _Fused:
 
     def __init__(self, module: Any, adapter: str):
         self._module = module
-        self._peft = module.forward
+        self._peft: Callable[..., Tensor] = module.forward
         self._adapter = adapter
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
