@@ -194,6 +194,11 @@ def test_only_lora_can_be_the_adapter(arguments, message):
         old("", f"llm.adapter.args={arguments}")
 
 
+def test_rank_stabilized_lora_is_taken_over():
+    assert not old("").model.lora.use_rslora
+    assert old("", "llm.adapter.args=[{use_rslora: True}]").model.lora.use_rslora
+
+
 def test_a_whole_model_or_a_pickled_checkpoint_is_refused():
     with pytest.raises(ConfigError, match="without it the whole model is trained"):
         old("", "llm.adapter.use=False")

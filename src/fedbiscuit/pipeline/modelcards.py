@@ -45,8 +45,8 @@ class Facts:
     """What cards tell of a run.
 
     quantize: how the base was held in training. base: its name that may be handed on. known_as: its name on the Hub, or
-    nothing. rounds: how many were run. num_bytes: sent by clients and by the server, all rounds together. num_pairs: that the policy was trained on.
-    data: ``left_out.json``. evaluation: ``evaluation.json``, empty where there is none.
+    nothing. rounds: how many were run. num_bytes: sent by clients and by the server, all rounds together. num_pairs: that
+    the policy was trained on. data: ``left_out.json``. evaluation: ``evaluation.json``, empty where there is none.
     """
 
     cfg: Config
