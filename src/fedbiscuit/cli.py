@@ -571,13 +571,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_error(str(error))
             return error.exit_code
         print_error(_unexpected(error, debug))
-        return 3 if isinstance(error, OSError | MemoryError) else 1
+        return 3 if isinstance(error, OSError) or _is_lack_of_memory(error) else 1
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Of Python, of a GPU, or of torch on a CPU; found by their words, since torch is not imported for it."""
+    return isinstance(error, MemoryError) or any(
+        w in str(error).lower() for w in ("out of memory", "can't allocate memory")
+    )
 
 
 def _unexpected(error: Exception, debug: bool) -> str:
     told = " ".join(str(error).split())[:500]
-    if isinstance(error, MemoryError):
-        return f"out of memory ({told}); smaller batch sizes or max_tokens need less"
+    if _is_lack_of_memory(error):
+        less = "smaller batch sizes or max_tokens, model.gradient_checkpointing: true and model.quantize: nf4 need less"
+        return f"out of memory ({told}); {less} (docs/your-data.md)"
     kind = "" if isinstance(error, OSError) else "this should not happen: "
     return f"{kind}{type(error).__name__}: {told}" + ("" if debug else " (--debug shows where)")
 

@@ -115,6 +115,9 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on a GPU that has it, else float32"
     )
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="nf4: hold the frozen linear layers in 4 bits (QLoRA); needs the extra fedbiscuit[qlora]"
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto: the first GPU, else the CPU"
     )

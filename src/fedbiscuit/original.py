@@ -240,7 +240,7 @@ def _adapter(value: list[Any]) -> Iterator[str]:
         return
     for key, wanted in (("adapter_package", "peft"), ("adapter_method", "lora")):
         if value[0].get(key, wanted) != wanted:
-            yield f"{key} {shown(value[0][key])} is not permitted; it must be {wanted}"
+            yield f"{key} {shown(value[0][key])} is not permitted; it must be {wanted}{SUPPORTED}"
     known = ("adapter_package", "adapter_method", *LORA)
     if odd := sorted(value[0].keys() - set(known)):
         yield f"{odd[0]} is not a setting of the adapter that we know; there are {', '.join(known)}"
@@ -263,6 +263,10 @@ def _numbers(text: str) -> list[float]:
         return []
 
 
+SUPPORTED = (
+    ". Supported are LoRA, rsLoRA (use_rslora: True), FFA-LoRA (selectors.lora_aggregation: freeze_a) and QLoRA "
+    "(model.quantize: nf4); docs/concepts.md says why no others"
+)
 PLACEHOLDER = re.compile(r"<[^<>]*>")
 NAMES = ("federate.save_to", "expname")
 NEEDED = {
@@ -321,6 +325,7 @@ LORA = {
     "lora_alpha": ("alpha", 8),
     "lora_dropout": ("dropout", 0.0),
     "target_modules": ("target_modules", ["q_proj", "v_proj"]),
+    "use_rslora": ("use_rslora", False),
 }
 """Old setting of the adapter -> ours, and PEFT's default for the models that the experiments use."""
 

@@ -181,7 +181,7 @@ def test_a_merged_model_in_bfloat16_is_added_up_in_float32_and_saved_in_bfloat16
     with RunDir.open(tmp_path / "run", resume=False) as folder:
         folder.save_adapter("policy", weights, lm.adapter_config(), "card", base=lm.digest)
     (tmp_path / "merged").mkdir()
-    write_merged(str(base), tmp_path / "run" / "policy", tmp_path / "merged")
+    write_merged(ModelSettings(base=str(base)), tmp_path / "run" / "policy", tmp_path / "merged")
     expected = PeftModel.from_pretrained(plain_base(base), tmp_path / "run" / "policy").merge_and_unload().state_dict()
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}

@@ -348,7 +348,10 @@ def test_mistake_16_an_unexpected_error_is_no_success_and_its_traceback_is_for_d
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate")],
+)
 def test_fault_85_and_88_what_the_machine_cannot_do_exits_with_3(error, calls, capsys):
     calls.error = error
     assert cli.main(["train", "a.yaml"]) == 3

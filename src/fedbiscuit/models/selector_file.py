@@ -29,7 +29,7 @@ class SelectorFile:
     """How one selector or several read a comparison, and what they are adapters of.
 
     adapters: the folders of the adapters beside the file, ``.`` for its own; none where they are merged into the model.
-    base_sha256: digest of the base model, as ``resolve_model`` has it. temperature: margins are divided by it.
+    base_sha256: of the base model, as ``digest_of`` has it. temperature: margins are divided by it.
     """
 
     template: str
@@ -109,7 +109,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "temperature": lambda value: type(value) in (int, float) and math.isfinite(value) and value > 0,
     "vote": lambda value: isinstance(value, str) and value in VOTES,
     "base": lambda value: isinstance(value, str) and ".." not in value and bool(BASE_NAME.fullmatch(value)),
-    "base_sha256": lambda value: isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{64}", value)),
+    "base_sha256": lambda value: isinstance(value, str) and bool(re.fullmatch(r"(nf4:)?[0-9a-f]{64}", value)),
     "adapters": lambda value: (
         value == ["."] or (_texts(value) and all(re.fullmatch(r"u\d{1,6}", one) for one in value))
     ),

@@ -147,5 +147,5 @@ def _judge_lm(session: Session) -> LM:
 
 
 def _judge_settings(session: Session) -> ModelSettings:
-    how = session.cfg.model.model_dump(include={"dtype", "device", "threads"})
+    how = session.cfg.model.model_dump(include={"dtype", "quantize", "device", "threads"})
     return ModelSettings(base=session.cfg.judge.model, **how)

@@ -44,12 +44,13 @@ LOSSES = "in rounds that form groups, its mean loss under each selector, a numbe
 class Facts:
     """What cards tell of a run.
 
-    base: the base model by the name that may be handed on. known_as: its name on the Hub, or nothing. rounds: how many
-    were run. num_bytes: sent by clients and by the server, all rounds together. num_pairs: that the policy was trained on.
-    data: ``left_out.json``. evaluation: ``evaluation.json``, empty where there is none.
+    quantize: how the base was held in training. base: its name that may be handed on. known_as: its name on the Hub, or
+    nothing. rounds: how many were run. num_bytes: sent by clients and by the server, all rounds together. num_pairs: that
+    the policy was trained on. data: ``left_out.json``. evaluation: ``evaluation.json``, empty where there is none.
     """
 
     cfg: Config
+    quantize: str
     base: str
     known_as: str
     merged: bool
@@ -256,6 +257,12 @@ def _base(facts: Facts) -> str:
     if facts.base.endswith(".gguf"):
         name += (
             ". The weights that it was trained on are a quantized file; with the original ones numbers differ a little"
+        )
+    if facts.quantize != "none":
+        name += f". In training its linear layers were held in 4 bits ({facts.quantize}, as in QLoRA)" + (
+            ", and these are the weights that the adapter was added to"
+            if facts.merged
+            else "; on the base in full precision numbers differ a little"
         )
     return (
         f"Base model: {name}. Its licence applies to what is derived from it, and so to this folder; read it before you "

@@ -13,7 +13,7 @@ from fedbiscuit.config import Config, FederatedSettings, ModelSettings, dump_con
 from fedbiscuit.data.encoding import load_template
 from fedbiscuit.data.partition import named_groups, set_apart
 from fedbiscuit.data.sources import Dataset, load
-from fedbiscuit.models.lm import LM, load_lm
+from fedbiscuit.models.lm import LM, check_quantize, load_lm
 from fedbiscuit.models.selector import Selector
 from fedbiscuit.rundir import RunDir, machine_differences, machine_manifest, run_path
 from fedbiscuit.tracking import Tracking, check_installed, open_tracking
@@ -212,6 +212,8 @@ def open_session(cfg: Config, resume: bool, progress: Progress, devices: int = 1
     ``devices``: over how many of this machine the work of training is spread.
     """
     check_installed(cfg.trackers)
+    for settings in (cfg.model, cfg.policy_model or cfg.model):
+        check_quantize(settings)
     dataset = load(cfg.data, cfg.seed)
     for warning in dataset.warnings:
         log.warning("%s", warning)

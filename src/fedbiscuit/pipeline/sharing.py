@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedbiscuit.config import Config, load_config
+from fedbiscuit.config import Config, ModelSettings, load_config
 from fedbiscuit.models.hub import check_name, upload
-from fedbiscuit.models.lm import hub_name
+from fedbiscuit.models.lm import hub_name, quantize_of
 from fedbiscuit.models.merging import write_merged
 from fedbiscuit.models.selector_file import selector_file_of, write_selector_file
 from fedbiscuit.pipeline.modelcards import Facts, policy_card, selector_card
@@ -102,10 +102,10 @@ def _export_selectors(run: RunDir, cfg: Config, to: Path, which: str, merge: boo
         raise ConfigError(f"{run.path}: a merged model holds one selector; choose one of 0 to {len(numbers) - 1}")
     places = [run.path / content.adapters[u] for u in numbers]
     names = () if merge else tuple(f"u{u}" for u in numbers) if len(numbers) > 1 else (".",)
-    card = selector_card(_facts(run, cfg, content.base, merge, base), numbers, content.temperature)
+    card = selector_card(_facts(run, cfg, places[0], merge, base), numbers, content.temperature)
     with new_folder(to) as folder:
         write_selector_file(folder, replace(content, adapters=names))
-        _write_weights(places, [folder / name for name in names], cfg.model.base, folder, card, base)
+        _write_weights(places, [folder / name for name in names], cfg.model, folder, card, base)
     return to
 
 
@@ -114,11 +114,9 @@ def _export_policy(run: RunDir, cfg: Config, to: Path, merge: bool, base: str) -
     if not place.is_dir():
         command = "align" if cfg.selectors.local.objective == "choice" else "train"
         raise ConfigError(f"{run.path}: no policy in this run yet; `fedbiscuit {command} {run.path}` makes it")
-    name = read_adapter_config(place).get("base_model_name_or_path", "")
-    card = policy_card(_facts(run, cfg, name, merge, base))
+    card = policy_card(_facts(run, cfg, place, merge, base))
     with new_folder(to) as folder:
-        reference = (cfg.policy_model or cfg.model).base
-        _write_weights([place], [] if merge else [folder], reference, folder, card, base)
+        _write_weights([place], [] if merge else [folder], cfg.policy_model or cfg.model, folder, card, base)
     return to
 
 
@@ -132,11 +130,11 @@ def _numbers(which: str, count: int, place: Path) -> list[int]:
 
 
 def _write_weights(
-    places: Sequence[Path], targets: Sequence[Path], reference: str, folder: Path, card: str, base: str
+    places: Sequence[Path], targets: Sequence[Path], model: ModelSettings, folder: Path, card: str, base: str
 ) -> None:
     """Adapters from ``places`` to ``targets``, or without targets the first one merged into the base; and the card."""
     if not targets:
-        write_merged(reference, places[0], folder)
+        write_merged(model, places[0], folder)
     for place, target in zip(places, targets, strict=False):
         target.mkdir(exist_ok=True)
         config = read_adapter_config(place)
@@ -146,13 +144,15 @@ def _write_weights(
     write_synced(folder / "README.md", [card.encode()])
 
 
-def _facts(run: RunDir, cfg: Config, name: str, merged: bool, base: str) -> Facts:
+def _facts(run: RunDir, cfg: Config, place: Path, merged: bool, base: str) -> Facts:
+    name = read_adapter_config(place).get("base_model_name_or_path", "")
     rows = run.read_lines("metrics.jsonl")
     found: dict[str, Any] = run.read_json("evaluation.json") or {}
     labels: dict[str, Any] = run.read_json("labels.json") or {}
     adapters = {u for row in rows for u in row.get("adapter_of", {}).values()}
     return Facts(
         cfg=cfg,
+        quantize=quantize_of(base_of(place)),
         base=name,
         known_as=base or hub_name(name),
         merged=merged,

@@ -14,8 +14,19 @@ import fedbiscuit
 
 __all__ = ["machine_differences", "machine_manifest"]
 
-PACKAGES = ("fedbiscuit", "torch", "transformers", "peft", "safetensors", "numpy")
-DECISIVE = ("python", "torch", "transformers", "peft", "machine", "cpu_capability", "threads", "gpu", "git_commit")
+PACKAGES = ("fedbiscuit", "torch", "transformers", "peft", "safetensors", "numpy", "bitsandbytes")
+DECISIVE = (
+    "python",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "machine",
+    "cpu_capability",
+    "threads",
+    "gpu",
+    "git_commit",
+)
 """Another value of these can give other last bits (docs/faults.md row 90) or other results."""
 
 
