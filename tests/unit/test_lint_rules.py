@@ -19,7 +19,7 @@ BANNED_CALLS = {
     "subprocess.getstatusoutput",
 }  # fmt: skip
 BANNED_NAMES = {"yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader", "yaml.CLoader"}
-BANNED_KEYWORDS = {"trust_remote_code": (), "shell": (False,), "weights_only": (True,), "allow_pickle": (False,)}
+BANNED_KEYWORDS = {"trust_remote_code": (False,), "shell": (False,), "weights_only": (True,), "allow_pickle": (False,)}
 """Keyword to the only literal values that it may have."""
 
 
@@ -87,7 +87,7 @@ def test_fault_57_and_61_no_source_file_can_run_code_from_data() -> None:
         "class L(yaml.FullLoader): ...",
         "from yaml import UnsafeLoader",
         "from_pretrained(name, trust_remote_code=True)",
-        "from_pretrained(name, trust_remote_code=False)",
+        "from_pretrained(name, trust_remote_code=trust)",
         "from_pretrained(name, **{'trust_remote_code': True})",
         "options['trust_remote_code'] = True",
         "subprocess.run(text, shell=True)",
@@ -107,6 +107,7 @@ def test_fault_57_and_61_the_lint_sees(source: str) -> None:
         "yaml.safe_load(text)",
         "yaml.SafeLoader(text)",
         "subprocess.run(['git'], shell=False)",
+        "from_pretrained(name, trust_remote_code=False)",
         "'''never torch.load, eval or trust_remote_code'''",
         "json.load(file)",
     ],

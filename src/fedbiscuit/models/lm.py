@@ -391,7 +391,7 @@ def load_tokenizer(reference: str) -> Any:
     """The tokenizer alone of what ``model.base`` may name."""
     folder, _ = resolve_model(reference)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{reference}: has no tokenizer that can be loaded: {_first_line(error)}") from error
 
@@ -488,9 +488,15 @@ def load_plain(
         )
         more["device_map"] = {"": device}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **more
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,  # else transformers asks whoever sits before the terminal
+            **more,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
