@@ -644,18 +644,26 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Pla
     return _on_top(under, value), _places_under(under_places, value) | places
 
 
-def _on_top(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` wins, setting by setting."""
-    both = {
-        key: _on_top(under[key], value) if isinstance(under.get(key), dict) and isinstance(value, dict) else value
-        for key, value in over.items()
-    }
-    return {**under, **both}
+def _on_top(under: dict[str, Any], over: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:
+    """``over`` wins, setting by setting; a section in which it says nothing is the other's."""
+    both = dict(under)
+    for key, value in over.items():
+        here = (*path, key)
+        if not isinstance(under.get(key), dict) or fields_at(Config, here) is None:
+            both[key] = value
+        elif isinstance(value, dict):
+            both[key] = _on_top(under[key], value, here)
+        elif value is not None or here == ("policy_model",):
+            both[key] = value
+    return both
 
 
 def _places_under(places: Places, over: Any, path: KeyPath = ()) -> Places:
     """``places`` without those of what ``over`` replaces."""
-    if not isinstance(over, dict):
+    section = fields_at(Config, path) is not None
+    if section and over is None and path != ("policy_model",):
+        return places
+    if not section or not isinstance(over, dict):
         return {key: place for key, place in places.items() if key[: len(path)] != path}
     for key, value in over.items():
         places = _places_under(places, value, (*path, key))

@@ -204,6 +204,8 @@ def test_a_config_that_extends_another_has_its_settings_under_its_own(tmp_path):
     assert (cfg.seed, cfg.selectors.rounds, local.steps, local.lr) == (3, 7, 2, 0.25)
     assert cfg.model.lora.layers_to_transform == (1,)
     assert parse_config(dump_config(cfg)) == cfg  # what a run keeps extends nothing
+    (tmp_path / "empty.yaml").write_text("extends: under.yaml\nselectors:\n  # rounds: 3\n  local:\n")
+    assert load_config(tmp_path / "empty.yaml").selectors == load_config(tmp_path / "under.yaml").selectors
     above = tmp_path / "above.yaml"
     above.write_text("extends: sub/own.yaml\nmodel: {lora: {layers_to_transform: []}}\n")
     assert load_config(above, ["seed=9"]).model.lora.layers_to_transform == ()
@@ -269,3 +271,14 @@ def test_a_baseline_is_its_set_with_the_changes_that_its_name_tells(path):
         assert abs(seen / wanted - 1) < 0.07  # of optimizer steps, and so of comparisons
     page = (path.parents[2] / "docs" / "baselines.md").read_text()
     assert f"`{method}`" in page
+
+
+def test_what_is_one_setting_is_replaced_as_a_whole_and_a_null_takes_a_section_away_that_may_be_missing(tmp_path):
+    told = "selectors: {num_adapters: 2, grouping: fixed, groups: {ann: 0, bo: 1}, rounds: 30}\n"
+    (tmp_path / "under.yaml").write_text(told + "policy_model: {base: elsewhere}\n")
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: under.yaml\nselectors: {groups: {cy: 0, di: 1}}\n")
+    assert load_config(own).selectors.groups == {"cy": 0, "di": 1}
+    assert load_config(own).policy_model is not None
+    own.write_text("extends: under.yaml\npolicy_model: null\n")
+    assert load_config(own).policy_model is None

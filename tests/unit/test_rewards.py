@@ -47,6 +47,27 @@ def test_scores_are_those_of_transformers_on_the_text_alone(tmp_path, make_rewar
     assert found[1] != pytest.approx(expected, abs=1e-6)
 
 
+def test_a_bert_is_told_which_token_belongs_to_which_text(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "why", "so", "it", "is"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(words), num_labels=1, **shape)).eval()
+    model.bert.embeddings.token_type_embeddings.weight.data *= 50
+    model.classifier.weight.data *= 1e4
+    model.save_pretrained(tmp_path / "bert")
+    with torch.no_grad():
+        expected = float(model(**tokenizer("why", "so it is", return_tensors="pt")).logits[0, 0])
+        untold = float(model(tokenizer("why", "so it is", return_tensors="pt").input_ids).logits[0, 0])
+    assert abs(expected - untold) > 0.01
+    found = load_reward_model(str(tmp_path / "bert"), HERE).scores(["why"], ["so it is"])
+    assert found == pytest.approx([expected], abs=1e-6)
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_special_token_in_an_answer_is_plain_text(tmp_path, make_reward_model, chat):
     model = load_reward_model(str(make_reward_model(tmp_path / "gold", chat)), HERE)

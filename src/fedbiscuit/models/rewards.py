@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ FAULTS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 class RewardModel:
-    """A sequence classifier with one label. Holds the device's memory; ``name`` is what the user wrote."""
+    """A sequence classifier with one label. Holds the device's memory; ``name`` is that of its folder."""
 
     def __init__(self, name: str, tokenizer: Any, model: Any):
         self.name = name
@@ -35,16 +35,21 @@ class RewardModel:
 
         Special tokens written in the texts stay plain text.
         """
+        return tuple(self._inputs(prompt, answer)["input_ids"])
+
+    def _inputs(self, prompt: str, answer: str) -> dict[str, Sequence[int]]:
+        """What the model is given, by name: BERT and its kind are told which token belongs to which text."""
         if not self._tokenizer.chat_template:
-            return tuple(self._tokenizer(prompt, answer, split_special_tokens=True).input_ids)
+            return dict(self._tokenizer(prompt, answer, split_special_tokens=True))
         turns = [("user", prompt), ("assistant", answer)]
         try:
-            return chat_ids(self._tokenizer, turns, functools.partial(plain_ids, self._tokenizer), asks=False)
+            ids = chat_ids(self._tokenizer, turns, functools.partial(plain_ids, self._tokenizer), asks=False)
         except (TemplateError, TypeError) as error:
             told = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"evaluation.judges: the chat template of {self.name} does not take a prompt and an answer: {told}"
             ) from error
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         """The score of each answer, float32; None where both texts are longer than the model reads.
@@ -55,16 +60,16 @@ class RewardModel:
 
     def _score(self, prompt: str, answer: str) -> float | None:
         if (prompt, answer) not in self._scores:
-            ids = self.encode(prompt, answer)
+            inputs = self._inputs(prompt, answer)
             limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-            fits = not isinstance(limit, int) or limit <= 0 or len(ids) <= limit
-            self._scores[prompt, answer] = self._read(ids) if fits else None
+            fits = not isinstance(limit, int) or limit <= 0 or len(inputs["input_ids"]) <= limit
+            self._scores[prompt, answer] = self._read(inputs) if fits else None
         return self._scores[prompt, answer]
 
     @torch.no_grad()
-    def _read(self, ids: Sequence[int]) -> float:
-        tokens = torch.tensor([ids], device=self._model.device)
-        return float(self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, 0].float())
+    def _read(self, inputs: Mapping[str, Sequence[int]]) -> float:
+        one = {name: torch.tensor([list(values)], device=self._model.device) for name, values in inputs.items()}
+        return float(self._model(**one).logits[0, 0].float())
 
 
 def check_reward_model(folder: str) -> None:

@@ -87,7 +87,7 @@ def key_of(settings: JudgeSettings) -> str:
 
 
 def ask_here(session: Session, texts: Sequence[str]) -> Replies:
-    """By a model on this machine, ``batch_size`` texts at a time."""
+    """By a model on this machine, ``batch_size`` texts at a time; those that are too long for it come last."""
     settings, key = session.cfg.judge, (session.cfg.seed, "judge")
     how = Sampling(settings.max_tokens, settings.temperature or 0.0)
     if settings.engine == "vllm":
@@ -110,6 +110,10 @@ def ask_here(session: Session, texts: Sequence[str]) -> Replies:
 
     room = None if context is None else context - settings.max_tokens
     fitting = [i for i, tokens in enumerate(ids) if room is None or len(tokens) <= room]
+    for start in range(0, len(fitting), size):
+        batch = fitting[start : start + size]
+        for i, one in zip(batch, write([ids[i] for i in batch]), strict=True):
+            yield i, Reply(one.text, one.finished, "", 1, len(ids[i]), len(one.tokens))
     for i in sorted({*range(len(ids))} - {*fitting}):
         name = public_name(settings.model)
         yield (
@@ -118,10 +122,6 @@ def ask_here(session: Session, texts: Sequence[str]) -> Replies:
                 refused=f"{len(ids[i])} tokens and a reply of {settings.max_tokens}, but {name} reads {context} in all"
             ),
         )
-    for start in range(0, len(fitting), size):
-        batch = fitting[start : start + size]
-        for i, one in zip(batch, write([ids[i] for i in batch]), strict=True):
-            yield i, Reply(one.text, one.finished, "", 1, len(ids[i]), len(one.tokens))
 
 
 def judge_identity(session: Session) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,12 @@ class Gold:
 
 def check_judges(session: Session) -> None:
     """Stop where ``evaluation.judges`` names what cannot judge, before anything is computed."""
+    names = Counter(Path(path).resolve().name for path in session.cfg.evaluation.judges)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ConfigError(
+            f"evaluation.judges: {names[twice[0]]} folders are called {twice[0]!r}, so their rows could not be told apart; "
+            "rename one"
+        )
     for path in session.cfg.evaluation.judges:
         if _is_model(path):
             check_reward_model(path)

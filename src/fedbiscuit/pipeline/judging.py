@@ -169,7 +169,7 @@ def _ask(
                     answered += 1
                 note = f"{len(refused)} refused" if refused else ""
                 session.progress("judge", answered + len(refused), len(missing), note)
-                if not answered and len(refused) >= min(ENOUGH_REFUSALS, total):
+                if len(missing) == total and not answered and len(refused) >= min(ENOUGH_REFUSALS, total):
                     raise ConfigError(
                         f"{session.cfg.judge.model} took none of the first {len(refused)} questions: {reply.refused}; "
                         "check judge.model, judge.max_tokens and judge.length_field, or use another judge"
