@@ -541,6 +541,8 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "selectors.kind", f"objective {chosen.local.objective} trains the policy itself; leave kind out"
     if cfg.evaluation.compare_raw and (chosen.kind == "reward" or chosen.local.objective != "choice"):
         yield "evaluation.compare_raw", "only a selector can be asked without its adapter; set it to false"
+    if cfg.evaluation.compare_raw and cfg.labels.selectors:
+        yield "evaluation.compare_raw", f"this run trains no selectors; evaluate {cfg.labels.selectors} with it instead"
     if chosen.population == "local" and chosen.local.objective != "choice":
         yield (
             "selectors.population",

@@ -102,7 +102,9 @@ def print_evaluation(evaluation: Mapping[str, Any]) -> None:
     """What a newcomer wants to see of ``evaluation.json``: selectors, policy, and the checkpoints where they were judged."""
     selectors, policy = evaluation.get("selectors"), evaluation.get("policy")
     if selectors:
-        of_policy = selectors["rows"][0]["name"].startswith("the policy")  # a baseline without selectors
+        from fedbiscuit.evaluation.metrics import IMPLICIT
+
+        of_policy = selectors["rows"][0]["name"] == IMPLICIT  # a baseline without selectors
         who = "Policy: how often the reward that it implies agrees" if of_policy else "Selectors: how often they agree"
         print(f"\n{who} with people's choices that nobody trained on")
         _print_table(

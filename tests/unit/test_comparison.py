@@ -45,6 +45,7 @@ def judged(policy: str, points: dict[str, float], equal: float | None = 0.5, **m
             "win_rate": wins / len(points),
             "interval": [0.0, 1.0],
             "win_rate_ties_half": sum(points.values()) / len(points),
+            "interval_ties_half": [0.0, 0.9],
             "wins": wins,
             "losses": losses,
             "ties": len(points) - wins - losses,
@@ -225,7 +226,14 @@ def test_a_run_that_only_a_language_model_judged_by_step_has_a_figure_and_signs_
     ]
     bare = RunView(parse_config("", ()), "", judged=rows)
     assert by_step(rows) == [
-        {"name": "m, plain (a language model)", "step": step, "policy": name, "win_rate": rate, "independent": True}
+        {
+            "name": "m, plain (a language model)",
+            "step": step,
+            "policy": name,
+            "win_rate": rate,
+            "interval": [0.0, 0.9],
+            "independent": True,
+        }
         for name, step, rate in (("after step 2", 2, 0.5), ("aligned policy", 4, 0.75))
     ]
     drawn = win_rates(bare)

@@ -232,7 +232,7 @@ def test_what_is_wrong_with_a_config_that_is_extended_is_told_where_it_stands(tm
         load_config(tmp_path / "own.yaml")
 
 
-BASELINES = sorted((Path(__file__).resolve().parents[2] / "configs" / "baselines").glob("*.yaml"))
+BASELINES = sorted((ROOT / "configs" / "baselines").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
@@ -243,7 +243,7 @@ def test_a_baseline_is_its_set_with_the_changes_that_its_name_tells(path):
     assert cfg.name == path.stem
     if not cfg.labels.selectors:
         assert cfg.data == under.data
-    chosen, per_round = cfg.selectors, {"tldr": 53, "convarg": 58, "two_camps": 34}.get(family, 0)
+    chosen = cfg.selectors
     expected = {
         "fedbis": chosen.num_adapters == 1 and cfg.evaluation.compare_raw,
         "fedbiscuit-u3": chosen.num_adapters == 3,
@@ -258,19 +258,7 @@ def test_a_baseline_is_its_set_with_the_changes_that_its_name_tells(path):
         "safe-prompts": cfg.data.prompts == "data/safe_rlhf" and cfg.labels.selectors == "runs/shp",
     }
     assert expected[method]
-    budget = load_config(path.with_name(f"{family}-fedbis.yaml")).selectors
-    clients = {"centralized": 1, "local": per_round}.get(method, chosen.cohort_size)
-    if not cfg.labels.selectors and "-u" not in method and method != "told":
-        seen, wanted = (
-            rounds * cohort * local.steps
-            for rounds, cohort, local in (
-                (chosen.rounds, clients, chosen.local),
-                (budget.rounds, budget.cohort_size, budget.local),
-            )
-        )
-        assert abs(seen / wanted - 1) < 0.07  # of optimizer steps, and so of comparisons
-    page = (path.parents[2] / "docs" / "baselines.md").read_text()
-    assert f"`{method}`" in page
+    assert f"`{method}`" in (ROOT / "docs" / "baselines.md").read_text()
 
 
 def test_what_is_one_setting_is_replaced_as_a_whole_and_a_null_takes_a_section_away_that_may_be_missing(tmp_path):
@@ -282,3 +270,21 @@ def test_what_is_one_setting_is_replaced_as_a_whole_and_a_null_takes_a_section_a
     assert load_config(own).policy_model is not None
     own.write_text("extends: under.yaml\npolicy_model: null\n")
     assert load_config(own).policy_model is None
+
+
+def test_the_page_of_baselines_tells_how_many_comparisons_each_row_sees():
+    from fedbiscuit.federated.algorithm import num_warmup_rounds
+
+    people = {"tldr": 53, "convarg": 58, "two_camps": 34}
+    page = (ROOT / "docs" / "baselines.md").read_text()
+    for path in [*BASELINES, *(ROOT / "configs" / f"{family}.yaml" for family in (*people, "shp"))]:
+        cfg = load_config(path)
+        chosen, family = cfg.selectors, path.stem.partition("-")[0]
+        if cfg.labels.selectors:
+            continue
+        cohort = {"centralized": 1, "local": people.get(family)}.get(chosen.population, chosen.cohort_size)
+        warmup = min(num_warmup_rounds(chosen), chosen.rounds)
+        visits = warmup * (chosen.warmup_cohort_size or cohort) + (chosen.rounds - warmup) * cohort
+        seen = visits * chosen.local.as_local().comparisons_per_round
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{family}-` |"))
+        assert f"{seen:,}" in row, (path.stem, seen)

@@ -203,6 +203,22 @@ def test_the_merged_model_is_what_was_trained_and_not_the_sum_with_the_original_
     assert float((full - ours).abs().max()) > 0.05
 
 
+@needs_bitsandbytes
+def test_the_four_bits_are_the_same_for_every_type_that_is_computed_in(load_tiny):
+    """So an adapter trained in bfloat16 is merged into the weights that it was trained on, but for rounding."""
+    packed = {}
+    for dtype in ("float32", "bfloat16"):
+        lm = load_tiny(quantize="nf4", dtype=dtype)
+        found = {name: p for name, p in lm.model.named_parameters() if getattr(p, "quant_state", None) is not None}
+        assert found
+        assert {str(p.quant_state.dtype) for p in found.values()} == {f"torch.{dtype}"}
+        assert lm.model.get_input_embeddings().weight.dtype == getattr(torch, dtype)
+        packed[dtype] = {name: (p.data, p.quant_state.absmax) for name, p in found.items()}
+    for name, (bits, scale) in packed["float32"].items():
+        assert torch.equal(bits, packed["bfloat16"][name][0])
+        assert torch.equal(scale, packed["bfloat16"][name][1])
+
+
 # What belongs together
 
 

@@ -365,7 +365,7 @@ def test_a_baseline_that_trains_the_policy_itself_has_a_page_without_selectors(t
     folder = write_fake_run(tmp_path / "demo", num_adapters=1, overrides=("selectors.local.objective=sft",))
     evaluation = json.loads((folder / "evaluation.json").read_text())
     (folder / "evaluation.json").write_text(json.dumps({"selectors": None, "policy": evaluation["policy"]}))
-    assert "federated SFT of the policy itself" in page_of(folder).text
+    assert "the policy itself by SFT, trained federatedly (a baseline)" in page_of(folder).text
     evaluation["policy"]["judges"] = []
     (folder / "evaluation.json").write_text(json.dumps({"selectors": None, "policy": evaluation["policy"]}))
     page = page_of(folder)
@@ -378,7 +378,7 @@ def test_clients_that_train_alone_are_not_shown_as_groups(tmp_path: Path) -> Non
     write_lines(folder / "metrics.jsonl", fake_rounds(random.Random(0), NAMES, len(NAMES), 6, 0, ""))
     page = page_of(folder)
     assert "groups" not in [attrs["id"] for attrs in page.named("figure")]
-    assert "a selector for each client, trained alone" in page.text
+    assert "selectors, trained by each client alone (a baseline)" in page.text
     assert "A client’s own selector agrees" in page.text
 
 

@@ -118,7 +118,7 @@ class SeveralDevices:
 def together(work: Callable[[int], T], helpers: Sequence[Helper]) -> list[T]:
     """What ``work(0)`` gives, here, and at the same time ``work(1)``, ``work(2)``.. with a helper each.
 
-    The first fault ends all helpers and is raised: nobody waits for the work of others, not after Ctrl-C either.
+    The first fault ends all helpers and is raised as soon as this process has done what it is at; after Ctrl-C nobody waits.
     """
     done: dict[int, T] = {}
     faults: list[BaseException] = []

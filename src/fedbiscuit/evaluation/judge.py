@@ -18,6 +18,7 @@ from typing import Any
 from fedbiscuit.types import ConfigError
 
 __all__ = [
+    "HELD_OUT",
     "PROTOCOLS",
     "Outcome",
     "Protocol",
@@ -33,6 +34,8 @@ __all__ = [
     "wording_digest",
 ]
 
+HELD_OUT = "held-out"
+"""What a judge compares where nothing else is asked: answers to held-out prompts."""
 MAX_TEMPLATE_BYTES = 64 * 1024
 LONGEST_READ = 100_000
 """Characters at the end of a reply in which its decision is looked for."""

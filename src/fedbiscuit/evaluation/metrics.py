@@ -11,7 +11,20 @@ import numpy as np
 
 from fedbiscuit.types import ClientId, Comparison, rng_for
 
-__all__ = ["FEWEST", "Judged", "bootstrap_interval", "calibration", "longer_answer", "summarize"]
+__all__ = [
+    "FEWEST",
+    "IMPLICIT",
+    "UNTRAINED",
+    "Judged",
+    "bootstrap_interval",
+    "calibration",
+    "longer_answer",
+    "summarize",
+]
+
+IMPLICIT = "the policy's implicit reward"
+UNTRAINED = "the base model, untrained"
+"""Rows of the table of agreement, by these names wherever they are looked for."""
 
 NUM_BINS = 10
 FEWEST = 5

@@ -31,14 +31,15 @@ def win_rate(
 def strict_win_rate(points: Sequence[float], key: tuple[object, ...], resamples: int = 1000) -> dict[str, Any]:
     """Of a language model's verdicts: 1 a win, 0 a loss, 0.5 a tie, for each prompt.
 
-    win_rate = wins / (wins + losses + ties), with its 95% bootstrap interval over prompts; ``win_rate_ties_half`` counts a
-    tie as half a win, as ``win_rate`` does.
+    win_rate = wins / (wins + losses + ties), with its 95% bootstrap interval over prompts; ``win_rate_ties_half`` and its
+    interval count a tie as half a win, as ``win_rate`` does.
     """
     wins = [float(p == 1.0) for p in points]
     return {
         "win_rate": sum(wins) / len(wins),
         "interval": bootstrap_interval(wins, key, resamples),
         "win_rate_ties_half": sum(points) / len(points),
+        "interval_ties_half": bootstrap_interval(points, key, resamples),
         "wins": points.count(1.0),
         "losses": points.count(0.0),
         "ties": points.count(0.5),

@@ -491,7 +491,7 @@ def load_plain(
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=dtype if quantize == "none" else torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
@@ -510,9 +510,23 @@ def load_plain(
             f"model.base: {name}: {len(lacking)} tensors are missing or have another shape, first {lacking[0]}; "
             "get the complete model"
         )
+    if quantize != "none":
+        _computing_in(model, dtype)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.base: {name}: its tokenizer has no eos_token, so no answer could end; set it there")
     return tokenizer, model
+
+
+def _computing_in(model: Any, dtype: torch.dtype) -> None:
+    """A quantized model that computes in ``dtype``. It was packed from float32, so its 4 bits are the same for every type."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                state.dtype = dtype
+            elif parameter.is_floating_point():
+                setattr(module, name, torch.nn.Parameter(parameter.data.to(dtype), requires_grad=False))
+    model.tie_weights()
 
 
 def resolve_model(reference: str) -> tuple[str, str]:

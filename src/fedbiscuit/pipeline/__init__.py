@@ -10,9 +10,10 @@ import contextlib
 from pathlib import Path
 
 from fedbiscuit.config import Config
+from fedbiscuit.evaluation.judge import HELD_OUT
 from fedbiscuit.pipeline.alignment import align_policy
 from fedbiscuit.pipeline.comparing import evaluate_run
-from fedbiscuit.pipeline.contests import HELD_OUT, check_contest
+from fedbiscuit.pipeline.contests import check_contest
 from fedbiscuit.pipeline.judges import check_judges
 from fedbiscuit.pipeline.judging import check_judge, judge_run
 from fedbiscuit.pipeline.labels import check_labeling, write_and_label

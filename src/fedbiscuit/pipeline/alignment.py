@@ -20,7 +20,10 @@ def align_policy(session: Session) -> None:
     """DPO on the labels, over ``session.devices`` devices where a step has so many pairs."""
     part = Part.of(session.cfg, session.run, session.policy_lm)
     count = min(session.devices, part.per_step)
-    if count < session.devices:
+    found = session.run.load_state("policy")
+    if found is not None and found[0] >= session.cfg.alignment.steps:
+        count = 1  # all is done
+    elif count < session.devices:
         log.warning(
             "alignment: a step has %d pairs, so it uses %d of %d devices; raise alignment.batch_size or grad_accum",
             part.per_step,

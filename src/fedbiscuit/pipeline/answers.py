@@ -21,6 +21,7 @@ __all__ = [
     "ANSWERS",
     "RAW",
     "Candidate",
+    "adapter_digest",
     "answers_of",
     "candidates",
     "held_out_answers",
@@ -77,17 +78,17 @@ def candidates(
         Candidate(f"after {unit} {number}", f"{folder}/policy", number)
         for number, folder in kept(session, unit, "policy")
     ]
+    last = session.cfg.alignment.steps if unit == "step" else session.cfg.selectors.rounds
+    aligned = [Candidate("aligned policy", "policy", last)] if (path / "policy").is_dir() else []
     if checkpoint is not None:
-        chosen = [one for one in found if one.step == checkpoint]
+        chosen = [one for one in (*aligned, *found) if one.step == checkpoint][:1]
         if not chosen:
             there = ", ".join(str(one.step) for one in found) or "none"
             key = "alignment.keep_every" if unit == "step" else "selectors.keep_every"
             raise ConfigError(f"{path}: no policy was kept after {unit} {checkpoint}; kept: {there} (see {key})")
         return [RAW, *chosen]
-    if (path / "policy").is_dir():
-        last = session.cfg.alignment.steps if unit == "step" else session.cfg.selectors.rounds
-        before = [one for one in found if one.step != last] if checkpoints else []
-        return [RAW, *before, Candidate("aligned policy", "policy", last)]
+    if aligned:
+        return [RAW, *([one for one in found if one.step != last] if checkpoints else []), *aligned]
     if needs_policy:
         command = "align" if unit == "step" else "train"
         raise ConfigError(f"{path}: there is no aligned policy yet; run `fedbiscuit {command} {path}` first")
@@ -130,7 +131,7 @@ def held_out_answers(session: Session, prompts: Sequence[str], folder: str | Non
     cfg, lm, run = session.cfg, session.policy_lm, session.run
     how = cfg.generation
     sampling = None if cfg.evaluation.greedy else [how.temperature, how.top_p]
-    adapter = None if folder is None else sha256_of(run.path / folder / "adapter_model.safetensors")
+    adapter = adapter_digest(session, folder)
     source = [WAY, lm.digest, adapter, cfg.seed, how.max_new_tokens, how.chat, how.system, sampling]
     keys = [hashlib.sha256(json.dumps([*source, prompt]).encode()).hexdigest() for prompt in prompts]
     found = {row["key"]: row for row in run.read_lines(ANSWERS)}
@@ -152,6 +153,11 @@ def held_out_answers(session: Session, prompts: Sequence[str], folder: str | Non
             found |= {row["key"]: row for row in rows}
         session.progress(f"answers of {folder or 'the raw policy'}", batch.stop, len(prompts), "")
     return [found[key] for key in keys]
+
+
+def adapter_digest(session: Session, folder: str | None) -> str | None:
+    """The sha256 of a policy's adapter; None for the raw policy."""
+    return None if folder is None else sha256_of(session.run.path / folder / "adapter_model.safetensors")
 
 
 def moved(session: Session, prompts: Sequence[str], answers: Sequence[Completion]) -> list[float]:

@@ -12,7 +12,7 @@ import torch
 
 from fedbiscuit.backends.client import Memory, answer
 from fedbiscuit.data.partition import named_groups
-from fedbiscuit.evaluation.metrics import Judged, calibration, longer_answer, summarize
+from fedbiscuit.evaluation.metrics import IMPLICIT, UNTRAINED, Judged, calibration, longer_answer, summarize
 from fedbiscuit.evaluation.selectors import fit_temperature, judge_by_group, judge_by_vote, score_clients
 from fedbiscuit.federated.grouping import adjusted_rand_index, choose_seat
 from fedbiscuit.pipeline.answers import held_out_answers, kept, mean_words, moved, unit_of
@@ -24,9 +24,6 @@ from fedbiscuit.types import ClientId, ConfigError, DataError, Grouping, Task, W
 __all__ = ["evaluate_run"]
 
 log = logging.getLogger("fedbiscuit")
-
-IMPLICIT = "the policy's implicit reward"
-UNTRAINED = "the base model, untrained"
 
 
 def evaluate_run(session: Session, checkpoints: bool = False) -> None:

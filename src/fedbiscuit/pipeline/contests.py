@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedbiscuit.evaluation.judge import HELD_OUT
 from fedbiscuit.pipeline.answers import RAW, candidates, held_out_answers
 from fedbiscuit.pipeline.session import Session
 from fedbiscuit.pipeline.tasks.asked import Asked, held_out
 from fedbiscuit.types import ConfigError
 
-__all__ = ["CONTESTS", "HELD_OUT", "PEOPLE", "Contest", "check_contest"]
+__all__ = ["CONTESTS", "PEOPLE", "Contest", "check_contest"]
 
-HELD_OUT = "held-out"
 PEOPLE = "people's summaries"
 
 

@@ -24,13 +24,17 @@ __all__ = ["Gold", "Judge", "check_judges", "judges_of", "labeler", "labeling_se
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Selectors that vote on pairs of answers. independent: nobody whose choices they learned trained this run's selectors."""
+    """Selectors that vote on pairs of answers. independent: nobody whose choices they learned trained this run's selectors.
+
+    labeled: the policy was trained to please them.
+    """
 
     name: str
     selector: Selector
     adapters: tuple[Weights, ...]
     labels: LabelSettings
     independent: bool
+    labeled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +71,14 @@ def labeler(session: Session) -> Judge:
     """Who labels the policy's answers, with the adapters that vote."""
     labels = session.cfg.labels
     if not labels.selectors:
-        return Judge("the selectors' vote", session.selector, session.selectors(), labels, False)
+        return Judge("the selectors' vote", session.selector, session.selectors(), labels, False, True)
     selector = labeling_selector(session)
     run = RunDir.view(labels.selectors)
     names = sorted((path.name for path in (run.path / "selectors").glob("u*")), key=lambda name: int(name[1:]))
     adapters = tuple(run.load_adapter(f"selectors/{name}", base=selector.lm.digest) for name in names)
-    return Judge(f"the vote of the selectors of {run.path.name}, which labeled", selector, adapters, labels, False)
+    return Judge(
+        f"the vote of the selectors of {run.path.name}, which labeled", selector, adapters, labels, False, True
+    )
 
 
 def judges_of(session: Session) -> list[Judge | Gold]:
@@ -95,7 +101,8 @@ def verdicts(
     for judge in judges:
         probabilities = said(session, judge, prompts, first, second)
         rows.append(
-            win_rate(judge.name, probabilities, key, cfg.evaluation.bootstrap) | {"independent": judge.independent}
+            win_rate(judge.name, probabilities, key, cfg.evaluation.bootstrap)
+            | {"independent": judge.independent, "labeled": isinstance(judge, Judge) and judge.labeled}
         )
     truth = session.dataset.truth
     if truth is not None:

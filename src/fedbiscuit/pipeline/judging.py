@@ -16,6 +16,7 @@ from typing import Any
 
 from fedbiscuit.config import JudgeSettings
 from fedbiscuit.evaluation.judge import (
+    HELD_OUT,
     PROTOCOLS,
     Outcome,
     Protocol,
@@ -31,8 +32,9 @@ from fedbiscuit.evaluation.lengths import length_controlled
 from fedbiscuit.evaluation.metrics import bootstrap_interval
 from fedbiscuit.evaluation.winrate import strict_win_rate
 from fedbiscuit.models.vllm_engine import check_vllm
+from fedbiscuit.pipeline.answers import adapter_digest, candidates
 from fedbiscuit.pipeline.asking import ask_here, ask_server, judge_identity, key_of, say_what_leaves
-from fedbiscuit.pipeline.contests import CONTESTS, HELD_OUT, Contest
+from fedbiscuit.pipeline.contests import CONTESTS, Contest
 from fedbiscuit.pipeline.session import Session
 from fedbiscuit.pipeline.tasks.asked import Asked
 from fedbiscuit.types import ConfigError, FedbiscuitError, rng_for
@@ -93,8 +95,16 @@ def judge_run(session: Session, on: str, asked: Asked) -> str:
     name = f"evaluations/judge-{settings.protocol}.json"
     earlier = (run.read_json(name) or {}).get("judges", [])
     judged = {contest.policy for contest in contests}
+    there = {one.name: adapter_digest(session, one.folder) for one in candidates(session, checkpoints=True)}
+    for one in results if on == HELD_OUT else ():
+        one["adapter"] = there[one["policy"]]
     others = [one for one in earlier if (one["judge"], one.get("on", HELD_OUT)) != (judge, on)]
-    along = [one for one in earlier if way.items() <= one.items() and on == HELD_OUT and one["policy"] not in judged]
+    along = [
+        one
+        for one in earlier
+        if way.items() <= one.items() and on == HELD_OUT and one["policy"] not in judged
+        if one.get("adapter") == there.get(one["policy"], "")  # still the policy that was judged
+    ]
     results.sort(key=lambda one: one["step"] or 0)
     run.write_json(name, {"protocol": settings.protocol, "judges": [*others, *along, *results]})
     return name

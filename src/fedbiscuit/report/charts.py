@@ -146,7 +146,7 @@ def _alignment(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
 def win_rates(run: RunView) -> Drawing | None:
     """The aligned policy against the raw one by each judge; by step where checkpoints were judged."""
     others = by_step(run.judged)
-    judges = [*(run.policy.get("judges") or []), *(one for one in others if one["policy"] in LAST)]
+    judges = [*(run.policy.get("judges") or []), *(one for one in others if one["policy"] == LAST)]
     checkpoints = run.policy.get("checkpoints") or []
     if not judges:
         return None

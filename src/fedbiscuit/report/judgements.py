@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedbiscuit.evaluation.judge import PROTOCOLS, wording_digest
+from fedbiscuit.config import JudgeSettings
+from fedbiscuit.evaluation.judge import HELD_OUT, PROTOCOLS, wording_digest
 from fedbiscuit.report.markup import interval, percent
 
-__all__ = ["HELD_OUT", "LAST", "by_step", "judge_name", "judgement_notes", "judgement_table"]
+__all__ = ["LAST", "by_step", "judge_name", "judgement_notes", "judgement_table"]
 
 Row = Mapping[str, Any]
-HELD_OUT = "held-out"
-LAST = ("aligned policy", "raw policy")
-"""The policies that every run has; the others were kept along the way."""
+LAST = "aligned policy"
+"""The policy that every run has in the end; the others were kept along the way."""
 
 
 def judge_name(found: Row) -> str:
     """Who judged and how, as one text: the same for all seeds that were judged alike."""
     judge = found["judge"]
-    parts = [f"{judge['model']} at {judge['endpoint']}" if judge.get("endpoint") else judge["model"], found["protocol"]]
+    usual = JudgeSettings()
+    digest = str(judge.get("digest", "")).rpartition(":")[2][:8]
+    where = f" at {judge['endpoint']}" if judge.get("endpoint") else f" {digest}"
+    parts = [f"{judge['model']}{where}".strip(), found["protocol"]]
+    parts += [
+        f"{key} {judge[key]}"
+        for key in ("max_tokens", "temperature", "engine")
+        if judge.get(key, getattr(usual, key)) != getattr(usual, key)
+    ]
     parts += ["in one order"] if found["orders"] == "one" else []
     own = found["wording"] != wording_digest(PROTOCOLS[found["protocol"]].wording)
     parts += [f"wording {found['wording'][:8]}"] if own else []
@@ -34,6 +42,7 @@ def by_step(judged: Sequence[Row]) -> list[dict[str, Any]]:
             "step": one["step"],
             "policy": one["policy"],
             "win_rate": one["win_rate"]["win_rate_ties_half"],
+            "interval": one["win_rate"].get("interval_ties_half"),
             "independent": True,
         }
         for one in judged
@@ -69,7 +78,7 @@ def judgement_table(judged: Sequence[Row]) -> tuple[str, Sequence[str], Sequence
     return "Judged by language models", header, rows
 
 
-def judgement_notes(judged: Sequence[Row]) -> list[str]:
+def judgement_notes() -> list[str]:
     """How to read the table."""
     return [
         "Win rate: wins of all prompts, so ties lower it. At equal length: where both answers have as many characters, by a "

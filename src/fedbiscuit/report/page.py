@@ -138,7 +138,7 @@ def _policy(run: RunView) -> str:
 
 def _tasks(run: RunView) -> str:
     made = [(tables_of(result), notes_of(result)) for result in run.tasks.values()]
-    made += [([judgement_table(run.judged)], judgement_notes(run.judged))] if run.judged else []
+    made += [([judgement_table(run.judged)], judgement_notes())] if run.judged else []
     parts = []
     for tables, notes in made:
         for title, header, rows in tables:

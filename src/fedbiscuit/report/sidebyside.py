@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from fedbiscuit.evaluation.judge import HELD_OUT
+from fedbiscuit.evaluation.metrics import UNTRAINED
 from fedbiscuit.report.canvas import colour, colour_of, draw, marker_of, percents, whole_numbers
 from fedbiscuit.report.comparison import (
     Method,
@@ -18,7 +20,7 @@ from fedbiscuit.report.comparison import (
     mean_and_interval,
     read_sections,
 )
-from fedbiscuit.report.judgements import HELD_OUT, LAST, judge_name
+from fedbiscuit.report.judgements import LAST, judge_name
 from fedbiscuit.report.reading import RunView
 from fedbiscuit.report.style import LIGHT
 from fedbiscuit.rundir import atomic_write
@@ -79,7 +81,7 @@ def _agreement(section: Section) -> Table:
         if any("vote" in one for run in method.runs for one in run.selectors["clients"].values()):
             rows.append(_agreement_row(method, f"{method.name}, vote", 1, "vote", "new clients, vote of all selectors"))
     rows += [
-        _baseline_row(section, "the base model, untrained", "baseline_raw", ""),
+        _baseline_row(section, UNTRAINED, "baseline_raw", ""),
         _baseline_row(section, "the longer answer", "baseline_longer", "new clients, the longer answer"),
     ]
     return header, [row for row in rows if row[1] != "0"]
@@ -184,7 +186,7 @@ def _judged(section: Section) -> Table:
         groups: dict[tuple[str, ...], dict[int, Any]] = {}
         for run in method.runs:
             for one in run.judged:
-                if one["on"] != HELD_OUT or one["policy"] in LAST:
+                if one["on"] != HELD_OUT or one["policy"] == LAST:
                     policy = one["policy"] if one["on"] == HELD_OUT else f"{one['policy']}, {one['on']}"
                     groups.setdefault((policy, one["against"], judge_name(one)), {})[run.cfg.seed] = one
         for told, by_seed in groups.items():

@@ -73,7 +73,7 @@ def _wins(figure: Figure, axes: Axes, rows: Sequence[Mapping[str, Any]], names: 
     styles = itertools.cycle(STYLES)
     for name in names:
         judged = [(row["step"], judge) for row in rows for judge in row["judges"] if judge["name"] == name]
-        labeled = name == names[0] and not judged[0][1]["independent"]
+        labeled = bool(judged[0][1].get("labeled"))
         axes.plot(
             [rows[0]["step"], *(step for step, _ in judged)], [0.5, *(judge["win_rate"] for _, judge in judged)], marker="o",
             color=colour("main" if labeled else "ink"), linestyle="-" if labeled else next(styles),

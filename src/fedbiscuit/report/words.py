@@ -37,17 +37,19 @@ def best_judge(run: RunView) -> Row | None:
 def kind_of_run(run: RunView) -> str:
     """The method, in a few words."""
     chosen = run.cfg.selectors
-    if chosen.local.objective != "choice":
-        return f"federated {chosen.local.objective.upper()} of the policy itself (a baseline)"
-    if chosen.kind == "reward":
-        return f"FedRM: {count(run.num_adapters, 'reward model')}, trained as selectors are (a baseline)"
-    if chosen.population == "centralized":
-        return "one selector, trained on all data in one place (a baseline)"
-    if chosen.population == "local":
-        return "a selector for each client, trained alone (a baseline)"
-    if run.num_adapters > 1:
-        return f"FedBiscuit: {run.num_adapters} group selectors, trained federatedly"
-    return "FedBis: one selector, trained federatedly"
+    objective, several = chosen.local.objective, run.num_adapters > 1
+    where = {"centralized": "on all data in one place", "local": "by each client alone", "federated": "federatedly"}
+    if objective != "choice":
+        what = f"the policy itself by {objective.upper()}"
+    elif chosen.population == "local":
+        what = "reward models" if chosen.kind == "reward" else "selectors"
+    elif chosen.kind == "reward":
+        what = f"{run.num_adapters} reward models" if several else "one reward model"
+    else:
+        what = f"{run.num_adapters} group selectors" if several else "one selector"
+    told = f"{what}, trained {where[chosen.population]}"
+    baseline = objective != "choice" or chosen.kind == "reward" or chosen.population != "federated"
+    return f"{told} (a baseline)" if baseline else f"{'FedBiscuit' if several else 'FedBis'}: {told}"
 
 
 def stage_now(run: RunView) -> str | None:
