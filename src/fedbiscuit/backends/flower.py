@@ -154,6 +154,6 @@ class FlowerBackend:
         except FederationError as error:
             return Answer(error=str(error))
         held = self._holds.setdefault(node, set())
-        held |= order.adapters.keys()
-        held -= set(answer.lacks)
+        held.update(order.adapters)
+        held.difference_update(answer.lacks)
         return answer
