@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter, validators
 
@@ -26,6 +26,7 @@ from fedbiscuit.types import ConfigError, FedbiscuitError
 
 if TYPE_CHECKING:
     from fedbiscuit.config import Config
+    from fedbiscuit.terminal import ProgressLines
 
 __all__ = ["app", "main"]
 
@@ -80,8 +81,34 @@ BaseName = Annotated[
 ]
 
 
+Where = Annotated[
+    Literal["here", "flower"],
+    Parameter(name="--backend", help="here: all clients in this process; flower: on other machines, over Flower"),
+]
+Deploy = Annotated[
+    Path | None, Parameter(show_default=False, help="with --backend flower: the folder of `fedbiscuit server init`")
+]
+Timeout = Annotated[
+    float,
+    Parameter(
+        name="--timeout",
+        validator=validators.Number(gt=0),
+        help="with --backend flower: seconds that one exchange may take",
+    ),
+]
+
+
 @app.command(sort_key=1)
-def run(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus: Gpus = 1) -> None:
+def run(
+    config: Source,
+    /,
+    *overrides: Overrides,
+    resume: Resume = False,
+    gpus: Gpus = 1,
+    where: Where = "here",
+    deploy: Deploy = None,
+    timeout: Timeout = 600.0,
+) -> None:
     """Do everything: train selectors, label, align the policy, evaluate, and write the report.
 
     Example: fedbiscuit run configs/demo.yaml seed=1 selectors.rounds=20
@@ -92,14 +119,40 @@ def run(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus: 
     from fedbiscuit.terminal import ProgressLines, print_evaluation, print_next
 
     with ProgressLines() as progress:
-        run_dir = pipeline.run_all(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
+        remotely = _trained_remotely(cfg, where, deploy, resume or is_folder, timeout, progress)
+        run_dir = pipeline.run_all(cfg, resume=resume or is_folder or remotely, progress=progress, devices=gpus)
     report_path = write_report(run_dir)
     print_evaluation(_evaluation(run_dir))
     print_next(str(report_path), _next_commands(config, overrides, cfg, is_folder))
 
 
+def _trained_remotely(
+    cfg: Config, where: str, deploy: Path | None, resume: bool, timeout: float, progress: ProgressLines
+) -> bool:
+    """Train the selectors over Flower where that is asked for."""
+    if where != "flower":
+        return False
+    if deploy is None:
+        raise ConfigError(
+            "--backend flower: name the server's folder with --deploy (`fedbiscuit server init` makes it)"
+        )
+    from fedbiscuit.deployment.running import train_by_flower
+
+    train_by_flower(cfg, deploy, resume, timeout, progress)
+    return True
+
+
 @app.command(sort_key=2)
-def train(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus: Gpus = 1) -> None:
+def train(
+    config: Source,
+    /,
+    *overrides: Overrides,
+    resume: Resume = False,
+    gpus: Gpus = 1,
+    where: Where = "here",
+    deploy: Deploy = None,
+    timeout: Timeout = 600.0,
+) -> None:
     """Train the selectors federatedly (the first stage of run).
 
     Example: fedbiscuit train configs/two_camps.yaml selectors.num_adapters=2
@@ -109,7 +162,10 @@ def train(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus
     from fedbiscuit.terminal import ProgressLines
 
     with ProgressLines() as progress:
-        run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
+        if _trained_remotely(cfg, where, deploy, resume or is_folder, timeout, progress):
+            run_dir = _run_dir(cfg)
+        else:
+            run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
     if cfg.selectors.local.objective == "choice":
         _say_next(run_dir, "label", "selectors")
     else:

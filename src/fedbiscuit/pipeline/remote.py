@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,14 @@ log = logging.getLogger("fedbiscuit")
 def train_remotely(grid: Grid, job: Path) -> None:
     """Train the selectors of the job's config over the nodes of ``grid``.
 
-    The job is JSON: config, a file with all settings; resume; timeout, seconds for one exchange; names, the clients that each
+    The job is JSON: config, a file with all settings; resume; folder, where its
+    paths are seen from; timeout, seconds for one exchange; names, the clients that each
     node may have.
     """
     from fedbiscuit.backends.flower import FlowerBackend
 
     asked = json.loads(job.read_text(encoding="utf-8"))
+    os.chdir(asked["folder"])  # paths in a config are seen from where the command was given
     names = {int(node): clients for node, clients in asked["names"].items()}
 
     def connect(session: Session) -> FlowerBackend:

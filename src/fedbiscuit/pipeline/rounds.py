@@ -33,6 +33,10 @@ def train_all(session: Session) -> None:
 def _train(session: Session, settings: FederatedSettings, name: str, metrics: str) -> None:
     """Rounds, from the last saved state to the end: run, evaluate when due, log, save, stop early."""
     run, seed = session.run, session.cfg.seed
+    before = run.load_state(name)
+    done = "policy" if settings.local.objective != "choice" and name == "selectors" else name
+    if before is not None and before[0] >= settings.rounds and (run.path / done).is_dir():
+        return
     clients = {"all": pooled(session.clients)} if settings.population == "centralized" else session.clients
     with backend_for(session, clients) as backend:
         settings = resolved(settings, sorted(backend.clients()), clients)

@@ -1,0 +1,28 @@
+"""Flower's own programs: where they are, and what they are told by their environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from fedbiscuit.types import EnvironmentFault
+
+__all__ = ["flower_env", "program"]
+
+
+def program(name: str) -> str:
+    """The path of a program that comes with flwr, beside this Python or on the PATH."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise EnvironmentFault(f"{name} is not installed; real clients need `pip install 'fedbiscuit[flower]'`")
+    return found
+
+
+def flower_env(home: Path) -> dict[str, str]:
+    """The environment of Flower's processes: their settings in ``home``, no telemetry unless the user has turned it on."""
+    off = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**off, **os.environ, "FLWR_HOME": str(home.resolve()), "PATH": path}
