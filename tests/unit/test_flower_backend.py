@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.flower_grid import DictGrid
 
 from fedbiscuit.backends.bundle import Answer, pack_answer, unpack_order
 from fedbiscuit.backends.worker import Rules, TakingPart, Worker
@@ -18,15 +17,6 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("flwr") is None,
     reason="SKIPPED: flwr is not installed, so the Flower backend is not tested (pip install 'fedbiscuit[flower]')",
 )
-
-
-@pytest.fixture(autouse=True)
-def identity(monkeypatch):
-    """A message wants to know whose it is; a ServerApp's process is told when it starts."""
-    from flwr.supercore.task_identity import TaskIdentity
-
-    for key in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, key, 1)
 
 
 class Echo:
@@ -52,37 +42,7 @@ def worker(tmp_path: Path, echo: Echo, rules: Rules | None = None, model: str = 
     return Worker(lambda terms: part, rules or Rules(), tmp_path / f"{'-'.join(echo.names)}.jsonl")
 
 
-@dataclass
-class DictGrid:
-    """Nodes that answer at once: node id to a function of bytes, which may return None (never answers) or a message."""
-
-    nodes: dict = field(default_factory=dict)
-    seen: list = field(default_factory=list)
-    waiting: dict = field(default_factory=dict)
-
-    def get_node_ids(self):
-        return list(self.nodes)
-
-    def push_messages(self, messages):
-        from fedbiscuit.backends.flower_messages import message_bytes, record_of
-
-        ids = []
-        for message in messages:
-            node, data = message.metadata.dst_node_id, message_bytes(message)
-            self.seen.append((node, data))
-            answer = self.nodes[node](data)
-            ids.append(f"id-{len(self.seen)}")
-            if answer is not None:
-                content = record_of(answer) if isinstance(answer, bytes) else answer
-                meta = SimpleNamespace(reply_to_message_id=ids[-1])
-                self.waiting[ids[-1]] = SimpleNamespace(metadata=meta, content=content, has_error=lambda: False)
-        return ids
-
-    def pull_messages(self, ids):
-        return [self.waiting.pop(one) for one in ids if one in self.waiting]
-
-
-def backend(grid: DictGrid, timeout: float = 0.3, names=None, said=None):
+def backend(grid, timeout: float = 0.3, names=None, said=None):
     from fedbiscuit.backends.flower import FlowerBackend
 
     return FlowerBackend(grid, "run", "terms", timeout, names, (said if said is not None else []).append)
