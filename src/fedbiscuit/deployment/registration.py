@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedbiscuit.deployment.server import INSTALL, NAME, Deploy, ask
+from fedbiscuit.deployment.server import INSTALL, NAME, Deploy, ask, is_healthy
 from fedbiscuit.rundir import atomic_write, dump_json, load_json
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError
 
@@ -69,16 +69,20 @@ def register(deploy: Deploy, key: Path, clients: Sequence[str]) -> tuple[str, li
 
 def _join(deploy: Deploy, key: Path, sites: Mapping[str, Mapping[str, Any]], public: str) -> str:
     """The node id that SuperLink gives a key, or has given it."""
+    if not is_healthy(deploy):
+        raise EnvironmentFault(
+            f"no SuperLink answers at {deploy.address}; start it: fedbiscuit server start {deploy.folder}"
+        )
     said = ask(deploy, "supernode", "register", str(key.absolute()))
     if said.get("success") is True:
         return str(said["node-id"])
     if "already in use" not in _error_of(said):
-        raise _unreached(deploy, "registered nothing", said)
+        raise _refused_by(deploy, "registered nothing", said)
     if mine := [node for node, site in sites.items() if site.get("public") == public]:
         return mine[0]
     listed = ask(deploy, "supernode", "list")  # a crash came between SuperLink's answer and ours
     if listed.get("success") is not True:
-        raise _unreached(deploy, "listed no keys", listed)
+        raise _refused_by(deploy, "listed no keys", listed)
     strays = [str(one["node-id"]) for one in listed["nodes"] if one["status"] != "unregistered"]
     strays = [node for node in strays if node not in sites]
     if len(strays) != 1:
@@ -89,10 +93,9 @@ def _join(deploy: Deploy, key: Path, sites: Mapping[str, Mapping[str, Any]], pub
     return strays[0]
 
 
-def _unreached(deploy: Deploy, what: str, said: Mapping[str, Any]) -> EnvironmentFault:
+def _refused_by(deploy: Deploy, what: str, said: Mapping[str, Any]) -> EnvironmentFault:
     return EnvironmentFault(
-        f"SuperLink at {deploy.address} {what}: {_error_of(said)}; does it run? "
-        f"fedbiscuit server start {deploy.folder}; its log: {deploy.folder / 'superlink.log'}"
+        f"SuperLink at {deploy.address} {what}: {_error_of(said)}; its log: {deploy.folder / 'superlink.log'}"
     )
 
 

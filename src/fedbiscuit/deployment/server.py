@@ -18,12 +18,14 @@ proxy reaches it from outside. ``python -m fedbiscuit.deployment.server deploy/`
 from __future__ import annotations
 
 import contextlib
+import http.client
 import ipaddress
 import json
 import os
 import re
 import shlex
 import shutil
+import ssl
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,7 +37,18 @@ from fedbiscuit.deployment.certificates import write_certificates
 from fedbiscuit.rundir import atomic_write, dump_json, load_json, new_folder
 from fedbiscuit.types import ConfigError, EnvironmentFault
 
-__all__ = ["INSTALL", "Connection", "Deploy", "ask", "connection_of", "init", "load", "next_steps", "program"]
+__all__ = [
+    "INSTALL",
+    "Connection",
+    "Deploy",
+    "ask",
+    "connection_of",
+    "init",
+    "is_healthy",
+    "load",
+    "next_steps",
+    "program",
+]
 
 VERSION = 1
 NAME = "fedbiscuit"
@@ -222,6 +235,24 @@ def program(name: str) -> str:
     if found is None:
         raise EnvironmentFault(f"{name} is not installed; real clients need Flower: {INSTALL}")
     return found
+
+
+def is_healthy(deploy: Deploy) -> bool:
+    """Whether SuperLink answers at its address, with the certificate of this folder."""
+    try:
+        connection = _http(deploy)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _http(deploy: Deploy) -> http.client.HTTPConnection:
+    if deploy.insecure:
+        return http.client.HTTPConnection("127.0.0.1", deploy.port, timeout=5)
+    trust = ssl.create_default_context(cafile=str(deploy.folder / "ca.crt"))
+    return http.client.HTTPSConnection("127.0.0.1", deploy.port, timeout=5, context=trust)
 
 
 def connection_of(deploy: Path | Deploy) -> Connection:

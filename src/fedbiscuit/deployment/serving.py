@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import signal
 import socket
-import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +13,10 @@ from pathlib import Path
 
 from fedbiscuit.deployment.certificates import days_left
 from fedbiscuit.deployment.registration import sites_of
-from fedbiscuit.deployment.server import Deploy, connection_of, program
+from fedbiscuit.deployment.server import Deploy, connection_of, is_healthy, program
 from fedbiscuit.types import EnvironmentFault, IntegrityError
 
-__all__ = ["is_healthy", "serve"]
+__all__ = ["serve"]
 
 START_SECONDS = 180
 """What SuperLink may take until it answers; its imports alone take some seconds."""
@@ -55,24 +53,6 @@ def serve(deploy: Deploy, say: Callable[[str], None]) -> None:
     finally:
         _end(running)
     say("stopped")
-
-
-def is_healthy(deploy: Deploy) -> bool:
-    """Whether SuperLink answers at its address, with the certificate of this folder."""
-    try:
-        connection = _http(deploy)
-        with contextlib.closing(connection):
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-
-
-def _http(deploy: Deploy) -> http.client.HTTPConnection:
-    if deploy.insecure:
-        return http.client.HTTPConnection("127.0.0.1", deploy.port, timeout=5)
-    trust = ssl.create_default_context(cafile=str(deploy.folder / "ca.crt"))
-    return http.client.HTTPSConnection("127.0.0.1", deploy.port, timeout=5, context=trust)
 
 
 def _commands(deploy: Deploy) -> dict[str, list[str]]:
