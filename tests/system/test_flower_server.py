@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbiscuit.deployment import registration
+from fedbiscuit.deployment import registration, serving
 from fedbiscuit.deployment.registration import register, sites_of
 from fedbiscuit.deployment.server import Deploy, connection_of, init, is_healthy, load, program
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError
@@ -44,6 +44,14 @@ def until(holds: Callable[[], bool], seconds: float = 120) -> None:
     while not holds():
         assert time.monotonic() < end, "it did not come to hold"
         time.sleep(0.1)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no mere entry that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -347,7 +355,7 @@ class Server:
             self.process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
     def started(self) -> Server:
-        until(lambda: "registered" in self.log.read_text() or self.process.poll() is not None)
+        until(lambda: "listens" in self.log.read_text() or self.process.poll() is not None)
         assert self.process.poll() is None, self.log.read_text()
         return self
 
@@ -359,7 +367,7 @@ class Server:
                 words = entry.read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if str(self.deploy.folder) in words and "flower-super" in words:
+            if str(self.deploy.folder) in words and ("flower-super" in words or "flwr-serverapp" in words):
                 found[int(entry.parent.name)] = words
         return found
 
@@ -406,6 +414,55 @@ def test_a_server_starts_lets_a_site_join_and_ends_with_all_of_its_processes(ser
     assert again.programs() == {}
 
 
+APP = """
+[project]
+name = "sleeper"
+version = "0.1.0"
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "fedbiscuit"
+[tool.flwr.app.components]
+serverapp = "sleeper.app:server"
+clientapp = "sleeper.app:client"
+"""
+SLEEPER = """
+import os, pathlib, time
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+client = ClientApp()
+server = ServerApp()
+@server.main()
+def main(grid, context):
+    pathlib.Path("PATH").write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+
+
+@needs_flower
+def test_a_run_under_way_ends_with_its_server_also_with_an_insecure_one(tmp_path: Path) -> None:
+    deploy = init(tmp_path / "deploy", port=free_port(), insecure=True)
+    (tmp_path / "app" / "sleeper").mkdir(parents=True)
+    (tmp_path / "app" / "pyproject.toml").write_text(APP)
+    (tmp_path / "app" / "sleeper" / "__init__.py").write_text("")
+    (tmp_path / "app" / "sleeper" / "app.py").write_text(SLEEPER.replace("PATH", str(tmp_path / "pid")))
+    server = Server(deploy, tmp_path / "start.log").started()
+    try:
+        assert "warning: insecure" in server.log.read_text()
+        env, name = connection_of(deploy)
+        argv = [program("flwr"), "run", str(tmp_path / "app"), name, "--format", "json"]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+        assert json.loads(done.stdout)["success"], done.stdout + done.stderr
+        until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
+        app = int((tmp_path / "pid").read_text())
+        assert runs(app)
+    finally:
+        code = server.end()
+    assert code == 0
+    assert not runs(app)
+    assert server.programs() == {}
+
+
 @needs_flower
 def test_a_superlink_that_dies_ends_the_command_and_names_its_log(server: Server) -> None:
     (link,) = (pid for pid, words in server.programs().items() if "flower-superlink" in words)
@@ -414,6 +471,16 @@ def test_a_superlink_that_dies_ends_the_command_and_names_its_log(server: Server
     assert "superlink has ended by signal 9" in server.log.read_text()
     assert str(server.deploy.folder / "superlink.log") in server.log.read_text()
     assert server.programs() == {}
+
+
+def test_a_process_that_will_not_end_and_what_it_has_started_are_killed(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(serving, "END_SECONDS", 0.3)
+    script = 'trap "" TERM; sleep 600 & echo $! > pid; wait'
+    process = subprocess.Popen(["sh", "-c", script], start_new_session=True, cwd=tmp_path)
+    until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
+    serving._end({"stubborn": process})
+    assert process.returncode == -signal.SIGKILL
+    until(lambda: not runs(int((tmp_path / "pid").read_text())), 5)
 
 
 @needs_flower
@@ -438,7 +505,7 @@ def test_the_proxy_publishes_two_places_and_hands_on_the_path_that_it_has_checke
     assert "proxy_pass https://127.0.0.1:8000/v1/fleet/;" in places["/v1/fleet/"]
     assert "proxy_pass https://127.0.0.1:8000/health;" in places["= /health"]
     assert places["/"].strip() == "return 404;"
-    assert "server_name fed.example.org [::1];" in text
+    assert "listen 443 ssl;\n    listen [::]:443 ssl;\n    server_name fed.example.org [::1];" in text
 
 
 def asked(deploy: Deploy, port: int, method: str, path: str) -> int:
@@ -501,7 +568,7 @@ def test_through_the_proxy_a_site_joins_and_nobody_gives_orders(server: Server, 
 
     key = key_pair(tmp_path, "site-a")
     node, _ = register(deploy, key, ["alice"])
-    env, name = connection_of(deploy)
+    env = connection_of(deploy).env
     site = [program("flower-supernode"), "--superlink", f"127.0.0.1:{published}", "--port", str(free_port())]
     site += [
         "--root-certificates",

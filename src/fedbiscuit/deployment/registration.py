@@ -61,8 +61,7 @@ def register(deploy: Deploy, key: Path, clients: Sequence[str]) -> tuple[str, li
                     "without it, or give another name"
                 )
         node = _join(deploy, key, sites, public)
-        kept = {one: site for one, site in others.items() if one != node}
-        sites = {**kept, node: {"key": key.stem, "clients": names, "public": public}}
+        sites = {**others, node: {"key": key.stem, "clients": names, "public": public}}
         atomic_write(deploy.folder / "sites.json", dump_json(sites, indent=1) + "\n")
     return node, names
 

@@ -188,7 +188,8 @@ def _flower_config(deploy: Deploy) -> str:
 def _nginx(deploy: Deploy) -> str:
     """What sites may reach. ``proxy_pass`` with a path hands on the path that nginx has matched, not the one that was sent."""
     names = " ".join(f"[{host}]" if ":" in host else host for host in deploy.hosts)
-    return NGINX.format(names=names, folder=deploy.folder, address=deploy.address)
+    six = "    listen [::]:443 ssl;\n" if "[" in names else ""
+    return NGINX.format(names=names, six=six, folder=deploy.folder, address=deploy.address)
 
 
 NGINX = """\
@@ -197,7 +198,7 @@ NGINX = """\
 # After a move of this folder change the paths here.
 server {{
     listen 443 ssl;
-    server_name {names};
+{six}    server_name {names};
     ssl_certificate "{folder}/server.crt";
     ssl_certificate_key "{folder}/server.key";
     ssl_protocols TLSv1.2 TLSv1.3;
