@@ -22,8 +22,9 @@ from pathlib import Path
 import pytest
 
 from fedbiscuit.deployment import registration, serving
+from fedbiscuit.deployment.programs import program
 from fedbiscuit.deployment.registration import register, sites_of
-from fedbiscuit.deployment.server import Deploy, connection_of, init, is_healthy, load, program
+from fedbiscuit.deployment.server import Deploy, connection_of, init, is_healthy, load
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError
 
 needs_flower = pytest.mark.skipif(

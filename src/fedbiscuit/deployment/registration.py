@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedbiscuit.deployment.server import INSTALL, NAME, Deploy, ask, is_healthy
+from fedbiscuit.deployment.server import NAME, Deploy, ask, is_healthy
 from fedbiscuit.rundir import atomic_write, dump_json, load_json
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError
 
@@ -130,7 +130,7 @@ def _public_key(path: Path) -> str:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
-        raise EnvironmentFault(f"keys need Flower's packages: {INSTALL}") from None
+        raise EnvironmentFault("keys need Flower's packages: pip install 'fedbiscuit[flower]'") from None
     try:
         key = serialization.load_ssh_public_key(data)
         if not isinstance(key, ec.EllipticCurvePublicKey):

@@ -12,7 +12,8 @@ deploy/                 0700
 ```
 
 SuperLink answers control and fleet on one port, and its control API asks nobody who he is: it listens on 127.0.0.1, and only a
-proxy reaches it from outside. ``python -m fedbiscuit.deployment.server deploy/`` prints ``connection_of`` as JSON.
+proxy reaches it from outside. ``python -m fedbiscuit.deployment.server deploy/`` prints what
+``connection_of`` changes in the environment, as JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import ssl
 import subprocess
 import sys
@@ -34,11 +34,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedbiscuit.deployment.certificates import write_certificates
+from fedbiscuit.deployment.programs import flower_env, program
 from fedbiscuit.rundir import atomic_write, dump_json, load_json, new_folder
 from fedbiscuit.types import ConfigError, EnvironmentFault
 
 __all__ = [
-    "INSTALL",
     "Connection",
     "Deploy",
     "ask",
@@ -58,7 +58,6 @@ HOST = re.compile(
 )
 UNFIT = re.compile(r"[\x00-\x1f\x7f\"\\$]")
 """Characters of a path that nginx's configuration cannot hold."""
-INSTALL = "pip install 'fedbiscuit[flower]'"
 SECONDS = 120
 """What a command of Flower may take."""
 
@@ -230,14 +229,6 @@ server {{
 # Flower's commands
 
 
-def program(name: str) -> str:
-    """Where a program of Flower is: beside this Python, else on PATH."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        raise EnvironmentFault(f"{name} is not installed; real clients need Flower: {INSTALL}")
-    return found
-
-
 def is_healthy(deploy: Deploy) -> bool:
     """Whether SuperLink answers at its address, with the certificate of this folder."""
     try:
@@ -263,19 +254,7 @@ def connection_of(deploy: Path | Deploy) -> Connection:
     if not config.is_file() or config.read_text(encoding="utf-8") != _flower_config(deploy):
         config.parent.mkdir(exist_ok=True)
         atomic_write(config, _flower_config(deploy))
-    return Connection({**os.environ, **_flower_env(deploy)}, NAME)
-
-
-def _flower_env(deploy: Deploy) -> dict[str, str]:
-    """What Flower's processes get on top of the environment; nothing for 127.0.0.1 goes through a company's proxy."""
-    direct = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", ""), *LOOPBACK]))
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    silent = {key: os.environ.get(key, value) for key, value in SILENT.items()}
-    return {**silent, "FLWR_HOME": str(deploy.folder / "flwr"), "PATH": path, "NO_PROXY": direct, "no_proxy": direct}
-
-
-SILENT = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-"""Flower calls home by default; a user may turn it on."""
+    return Connection(flower_env(deploy.folder / "flwr"), NAME)
 
 
 def ask(deploy: Deploy, *words: str) -> dict[str, Any]:
@@ -300,5 +279,6 @@ def ask(deploy: Deploy, *words: str) -> dict[str, Any]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m fedbiscuit.deployment.server DEPLOY_FOLDER")
-    reached = load(Path(sys.argv[1]))
-    print(json.dumps({"env": (connection_of(reached), _flower_env(reached))[1], "name": NAME}, indent=1))
+    reached = connection_of(Path(sys.argv[1]))
+    changed = {key: value for key, value in reached.env.items() if os.environ.get(key) != value}
+    print(json.dumps({"env": changed, "name": reached.name}, indent=1))

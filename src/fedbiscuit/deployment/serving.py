@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedbiscuit.deployment.certificates import days_left
+from fedbiscuit.deployment.programs import program
 from fedbiscuit.deployment.registration import sites_of
-from fedbiscuit.deployment.server import Deploy, connection_of, is_healthy, program
+from fedbiscuit.deployment.server import Deploy, connection_of, is_healthy
 from fedbiscuit.types import EnvironmentFault, IntegrityError
 
 __all__ = ["serve"]
