@@ -47,7 +47,6 @@ __all__ = [
     "is_healthy",
     "load",
     "next_steps",
-    "program",
 ]
 
 VERSION = 1
