@@ -47,6 +47,13 @@ app = App(
 )
 data_app = App(name="data", help="Look at data files before they are used.", help_format="plaintext", sort_key=9)
 app.command(data_app)
+server_app = App(
+    name="server",
+    help="Serve real clients over Flower: set up, start, let sites join.",
+    help_format="plaintext",
+    sort_key=10,
+)
+app.command(server_app)
 
 Source = Annotated[Path, Parameter(help="a config file, or the folder of a run, which is continued")]
 Overrides = Annotated[str, Parameter(help="settings on top of the config: key=value or key value, such as seed=1")]
@@ -482,6 +489,70 @@ def check(
     return 0 if found.ok else 2
 
 
+DeployFolder = Annotated[Path, Parameter(help="the server's deploy folder")]
+
+
+@server_app.command(name="init", sort_key=1)
+def server_init(
+    deploy: DeployFolder,
+    /,
+    *,
+    host: Annotated[
+        tuple[str, ...],
+        Parameter(
+            consume_multiple=True,
+            show_default=False,
+            help="the names or IP addresses by which sites reach this server; localhost and 127.0.0.1 are always there",
+        ),
+    ] = (),
+    port: Annotated[int, Parameter(help="where SuperLink listens, on 127.0.0.1 alone")] = 8000,
+    insecure: Annotated[
+        bool, Parameter(negative="", show_default=False, help="no TLS and no keys: to try it on one laptop")
+    ] = False,
+) -> None:
+    """Make the server's folder: certificates, settings, and a proxy configuration that publishes what sites need.
+
+    Example: fedbiscuit server init deploy/ --host fed.example.org
+    """
+    from fedbiscuit.deployment.server import init, next_steps
+
+    for line in next_steps(init(deploy, host, port, insecure), deploy, _program()):
+        print(line)
+
+
+@server_app.command(name="start", sort_key=2)
+def server_start(deploy: DeployFolder, /) -> None:
+    """Run the server here, until Ctrl-C or SIGTERM.
+
+    Example: fedbiscuit server start deploy/
+    """
+    from fedbiscuit.deployment.server import load
+    from fedbiscuit.deployment.serving import serve
+
+    serve(load(deploy), lambda line: print(line, flush=True))
+
+
+@server_app.command(name="register", sort_key=3)
+def server_register(
+    deploy: DeployFolder,
+    key: Annotated[Path, Parameter(help="the public key that a site has sent, such as site-a.pub")],
+    /,
+    *,
+    clients: Annotated[
+        tuple[str, ...], Parameter(consume_multiple=True, help="whom the site answers for, as in alice,bob")
+    ],
+) -> None:
+    """Let a site join: its key, and the names of its clients. The server must run. Once more replaces the names.
+
+    Example: fedbiscuit server register deploy/ site-a.pub --clients alice,bob
+    """
+    from fedbiscuit.deployment.registration import register
+    from fedbiscuit.deployment.server import load
+
+    node, names = register(load(deploy), key, clients)
+    print(f"{key.stem} may join as node {node}, for {', '.join(names)}")
+
+
 def _settings(source: Path, overrides: Sequence[str], selector: Path | None = None) -> tuple[Config, bool]:
     """The settings of a config file or of a run folder, and whether it was a folder.
 
@@ -652,10 +723,12 @@ def _first_paragraph(error: CycloptsError) -> str:
 
 def _command_of(words: Sequence[str]) -> str:
     """The command in a command line, with a space behind it, or nothing."""
-    commands = {name for name in app if not name.startswith("-")}
-    if not words or words[0] not in commands:
-        return ""
-    return "data check " if words[:2] == ["data", "check"] else f"{words[0]} "
+    found, level = "", app
+    for word in words:
+        if word.startswith("-") or word not in set(level):
+            break
+        found, level = f"{found}{word} ", level[word]
+    return found
 
 
 def _how_to_resume(words: Sequence[str]) -> str:

@@ -22,7 +22,12 @@ def program(name: str) -> str:
 
 
 def flower_env(home: Path) -> dict[str, str]:
-    """The environment of Flower's processes: their settings in ``home``, no telemetry unless the user has turned it on."""
+    """The environment of Flower's processes: their settings in ``home``, no telemetry unless the user has turned it on, and
+    nothing that is meant for this machine goes through a company's proxy.
+    """
     off = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**off, **os.environ, "FLWR_HOME": str(home.resolve()), "PATH": path}
+    kept = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    direct = ",".join(filter(None, [kept, "localhost", "127.0.0.1"]))
+    ours = {"FLWR_HOME": str(home.resolve()), "PATH": path, "NO_PROXY": direct, "no_proxy": direct}
+    return {**off, **os.environ, **ours}
