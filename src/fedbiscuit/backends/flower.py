@@ -29,7 +29,7 @@ class FlowerBackend:
     """Carries tasks to the clients of all connected nodes.
 
     ``run`` and ``terms`` go with every order. ``timeout``: seconds for one exchange. ``names``: which clients a node may
-    have, by node id; a node that is not in it may have any. ``bytes_down`` and ``bytes_up`` count what was really sent.
+    have, by node id; None where nodes have no keys, and may name any. ``bytes_down`` and ``bytes_up`` count what was really sent.
     """
 
     at_once = 0
@@ -39,7 +39,7 @@ class FlowerBackend:
         say: Said = lambda text: None,
     ):  # fmt: skip
         self._grid, self._run, self._terms, self._timeout = grid, run, terms, timeout
-        self._names = dict(names or {})
+        self._names = None if names is None else dict(names)
         self._say = say
         self._node_of: dict[ClientId, int] = {}
         self._holds: dict[int, set[str]] = {}
@@ -115,9 +115,9 @@ class FlowerBackend:
 
     def _permitted(self, node: int, clients: Sequence[str]) -> list[str]:
         """The names that a node may offer."""
-        allowed = self._names.get(node)
-        if allowed is None:
+        if self._names is None:
             return list(clients)
+        allowed = self._names.get(node, ())
         for client in sorted(set(clients) - set(allowed)):
             self._say(f"node {node} offers {client!r}, a name that is not registered for it; it is not asked")
         return [client for client in clients if client in allowed]

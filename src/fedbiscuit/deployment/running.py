@@ -7,19 +7,20 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fedbiscuit.config import Config, dump_config
-from fedbiscuit.deployment.programs import flower_env, program
+from fedbiscuit.deployment.programs import program
+from fedbiscuit.deployment.registration import sites_of
+from fedbiscuit.deployment.server import Deploy, ask, connection_of, load
 from fedbiscuit.rundir import run_path
 from fedbiscuit.types import ConfigError, FederationError
 
 __all__ = ["train_by_flower"]
 
-CONNECTION = "fedbiscuit"
 POLL = 2.0
 """Seconds between two looks at how the run goes."""
 
@@ -48,28 +49,27 @@ def train_by_flower(cfg: Config, deploy: Path, resume: bool, timeout: float, pro
 
     ``FederationError`` where Flower's run fails, with the end of its log.
     """
-    if not (deploy / "deploy.json").is_file():
-        raise ConfigError(f"--deploy: {deploy} is no server's folder; make one with `fedbiscuit server init {deploy}`")
-    jobs = deploy / "jobs"
+    server = load(deploy)
+    jobs = server.folder / "jobs"
     jobs.mkdir(exist_ok=True)
     config, job = jobs / f"{cfg.name}.yaml", jobs / f"{cfg.name}.json"
     config.write_text(dump_config(cfg), encoding="utf-8")
-    sites = json.loads((deploy / "sites.json").read_text(encoding="utf-8"))
     asked = {
-        "config": str(config.resolve()),
+        "config": str(config),
         "folder": os.getcwd(),
         "resume": resume,
         "timeout": timeout,
-        "names": {node: site["clients"] for node, site in sites.items()},
+        "names": {node: site["clients"] for node, site in sites_of(server).items()},
+        "only_named": not server.insecure,
     }
     job.write_text(json.dumps(asked), encoding="utf-8")
-    with _submitted(deploy, job.resolve()) as number:
-        _follow(deploy, number, cfg, progress)
+    with _submitted(server, job) as number:
+        _follow(server, number, cfg, progress)
     return run_path(cfg.runs_dir, cfg.name)
 
 
 @contextmanager
-def _submitted(deploy: Path, job: Path) -> Iterator[str]:
+def _submitted(deploy: Deploy, job: Path) -> Iterator[str]:
     """Flower's run of this job, by its number; stopped where whoever waits for it leaves."""
     with tempfile.TemporaryDirectory() as folder:
         app = Path(folder)
@@ -77,22 +77,22 @@ def _submitted(deploy: Path, job: Path) -> Iterator[str]:
         (app / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
         (app / "fedbiscuit_run" / "__init__.py").write_text("", encoding="utf-8")
         (app / "fedbiscuit_run" / "app.py").write_text(APP, encoding="utf-8")
-        told = _flwr(deploy, "run", str(app), CONNECTION, "-c", f"job={json.dumps(str(job))}")
+        told = _flwr(deploy, "run", str(app), "-c", f"job={json.dumps(str(job))}")
     number = str(told["run-id"])
     try:
         yield number
     except BaseException:
         with suppress(FederationError, subprocess.SubprocessError, OSError):
-            _flwr(deploy, "stop", number, CONNECTION)
+            _flwr(deploy, "stop", number)
         raise
 
 
-def _follow(deploy: Path, number: str, cfg: Config, progress: Any) -> None:
+def _follow(deploy: Deploy, number: str, cfg: Config, progress: Any) -> None:
     """Show each round that is done, until the run has ended."""
     metrics = run_path(cfg.runs_dir, cfg.name) / "metrics.jsonl"
     shown = len(_rounds(metrics))
     while True:
-        status = str(_flwr(deploy, "list", "--run-id", number, CONNECTION)["runs"][0]["status"])
+        status = str(_flwr(deploy, "list", "--run-id", number)["runs"][0]["status"])
         rounds = _rounds(metrics)
         for row in rounds[shown:]:
             progress("selectors", row["round"] + 1, cfg.selectors.rounds, _note(row))
@@ -117,23 +117,19 @@ def _note(row: Mapping[str, Any]) -> str:
     return ", ".join([row["phase"], *(["new groups"] if row["regrouped"] else []), *refused[:3]])
 
 
-def _log_of(deploy: Path, number: str) -> str:
-    words = [program("flwr"), "log", number, CONNECTION, "--show"]
-    done = subprocess.run(words, env=flower_env(deploy / "flwr"), capture_output=True, text=True, timeout=60)
+def _log_of(deploy: Deploy, number: str) -> str:
+    env, name = connection_of(deploy)
+    words = [program("flwr"), "log", number, name, "--show"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
     return "\n".join(done.stdout.strip().splitlines()[-12:])
 
 
-def _flwr(deploy: Path, *words: str) -> dict[str, Any]:
-    """What a command of Flower says as JSON. Its exit codes are no sign of success."""
-    command: Sequence[str] = [program("flwr"), *words, "--format", "json"]
-    done = subprocess.run(command, env=flower_env(deploy / "flwr"), capture_output=True, text=True, timeout=120)
-    try:
-        told = dict(json.loads(done.stdout))
-    except ValueError:
-        told = {"success": False, "error-message": (done.stderr or done.stdout).strip()[-500:]}
+def _flwr(deploy: Deploy, *words: str) -> dict[str, Any]:
+    """What a command of Flower says; ``FederationError`` where it has not succeeded."""
+    told = ask(deploy, *words)
     if not told.get("success"):
         raise FederationError(
             f"flwr {words[0]}: {str(told.get('error-message', 'no reason')).strip()}; is the server up? "
-            f"(`fedbiscuit server start {deploy}`)"
+            f"(`fedbiscuit server start {deploy.folder}`)"
         )
     return told

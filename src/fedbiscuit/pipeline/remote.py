@@ -26,7 +26,7 @@ def train_remotely(grid: Grid, job: Path) -> None:
 
     The job is JSON: config, a file with all settings; resume; folder, where its
     paths are seen from; timeout, seconds for one exchange; names, the clients that each
-    node may have.
+    node may have; only_named, whether a node that is not among them has none.
     """
     from fedbiscuit.backends.flower import FlowerBackend
 
@@ -36,6 +36,7 @@ def train_remotely(grid: Grid, job: Path) -> None:
 
     def connect(session: Session) -> FlowerBackend:
         terms = terms_of(session.cfg, session.lm.digest)
-        return FlowerBackend(grid, session.cfg.name, terms, asked["timeout"], names, log.warning)
+        bound = names if asked["only_named"] else None
+        return FlowerBackend(grid, session.cfg.name, terms, asked["timeout"], bound, log.warning)
 
     train_selectors(load_config(asked["config"]), resume=asked["resume"], connect=connect)
