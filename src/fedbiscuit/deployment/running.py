@@ -17,7 +17,7 @@ from fedbiscuit.deployment.programs import program
 from fedbiscuit.deployment.registration import sites_of
 from fedbiscuit.deployment.server import Deploy, ask, connection_of, load
 from fedbiscuit.rundir import run_path
-from fedbiscuit.types import ConfigError, FederationError
+from fedbiscuit.types import FederationError
 
 __all__ = ["train_by_flower"]
 
