@@ -156,7 +156,7 @@ class Worker:
             part = self.open_run(order.terms)
             if self.rules.models and part.model not in self.rules.models:
                 raise FederationError(
-                    f"this site does not permit the base model of this run ({part.model[:16]}); its administrator decides "
+                    f"this site does not permit the base model of this run ({part.model}); its administrator decides "
                     "(allow_models in site.yaml)"
                 )
             self._opened = order.run, order.terms, part

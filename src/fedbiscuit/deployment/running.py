@@ -147,7 +147,7 @@ class Child:
         self.not_before, wait = now + self.pause, self.pause
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"the {self.name} {how}; it is started again in {wait:g} seconds ({self.log} says more)"
+        return f"the {self.name} {how}; it is started again in {wait:g} s ({self.log} says more)"
 
     def new_lines(self) -> list[str]:
         """What its log says since the last look, whole lines."""
@@ -282,7 +282,8 @@ SIGNS = (
     ),
     (
         "Connection attempt failed, retrying",
-        "the server {server} cannot be reached; is it started, and the port open? It is tried again",
+        "the server {server} cannot be reached; is it started, the port open, and has it TLS where --ca is given and none where "
+        "it is not? It is tried again",
         False,
     ),
 )

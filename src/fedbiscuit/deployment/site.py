@@ -37,7 +37,7 @@ INSTALL = "pip install 'fedbiscuit[flower]'"
 KEY, SETTINGS, LEDGER, RUNNING, LOCK = "key", "site.yaml", "ledger.jsonl", "running.json", "start.lock"
 
 Kind = Literal["train", "evaluate", "seat"]
-Digest = Annotated[str, Field(pattern=r"^((nf4|none):)?[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern=r"^(nf4:)?[0-9a-f]{64}$")]
 
 
 class SiteSettings(Section):
@@ -63,7 +63,8 @@ kinds: [train, evaluate, seat]
 # models: {HuggingFaceTB/SmolLM2-135M-Instruct: /srv/models/smollm2}
 models: {}
 
-# Digests of the base models that may be used, as `fedbiscuit client status` and refusals show them; []: any that it has.
+# Digests of the base models that may be used, from the manifest.json of a run or from `fedbiscuit client status`, which shows
+# those that were refused; []: any that it has.
 allow_models: []
 
 # So many rounds of a run are answered, from its first; 0: all.

@@ -1,4 +1,4 @@
-"""The worker process of a site: ``python -m fedbiscuit.deployment.site_worker FOLDER SOCKET FILE...``; ``running.py`` starts it."""
+"""The worker process of a site: ``python -m fedbiscuit.deployment.site_worker FOLDER SOCKET FILE...``, from ``running.py``."""
 
 from __future__ import annotations
 
