@@ -433,13 +433,12 @@ def test_a_message_comes_through_whole():
 def test_who_is_there_is_answered_while_a_task_is_done(world, tmp_path):
     world.ask()
     world.backend.hold.clear()
-    with served(world, tmp_path / "w"):
-        with closing(connected(tmp_path / "w")) as one:
-            send(one, SEATED)
-            assert world.backend.begun.wait(20)
-            assert unpack_answer(ask_at(tmp_path / "w", HELLO, 20)).clients == ["ann", "bo"]
-            world.backend.hold.set()
-            assert unpack_answer(receive(one)).replies[0].seat == 0
+    with served(world, tmp_path / "w"), closing(connected(tmp_path / "w")) as one:
+        send(one, SEATED)
+        assert world.backend.begun.wait(20)
+        assert unpack_answer(ask_at(tmp_path / "w", HELLO, 20)).clients == ["ann", "bo"]
+        world.backend.hold.set()
+        assert unpack_answer(receive(one)).replies[0].seat == 0
 
 
 def test_two_orders_at_once_are_done_one_after_the_other_and_the_same_one_once(world, tmp_path):
@@ -499,10 +498,10 @@ def test_told_to_stop_it_waits_for_a_task_no_longer_than_its_grace(world, tmp_pa
 
 
 def test_a_worker_that_is_not_there_or_does_not_answer_is_an_error_that_says_so(world, tmp_path):
-    with pytest.raises(EnvironmentFault, match="the worker is not there .* start it with `fedbiscuit client start`"):
+    with pytest.raises(EnvironmentFault, match=r"the worker is not there .* start it with `fedbiscuit client start`"):
         ask_at(tmp_path / "w", HELLO, 1)
     world.backend.hold.clear()
-    with served(world, tmp_path / "w"), pytest.raises(EnvironmentFault, match="did not answer in 0.3 seconds"):
+    with served(world, tmp_path / "w"), pytest.raises(EnvironmentFault, match=r"did not answer in 0.3 seconds"):
         ask_at(tmp_path / "w", SEATED, 0.3)
 
 
