@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,10 @@ server_app = App(
     sort_key=10,
 )
 app.command(server_app)
+client_app = App(
+    name="client", help="A site of a federation on several machines.", help_format="plaintext", sort_key=10
+)
+app.command(client_app)
 
 Source = Annotated[Path, Parameter(help="a config file, or the folder of a run, which is continued")]
 Overrides = Annotated[str, Parameter(help="settings on top of the config: key=value or key value, such as seed=1")]
@@ -75,6 +80,13 @@ Resume = Annotated[
     bool, Parameter(negative="", show_default=False, help="go on where an earlier run into the same folder stopped")
 ]
 
+SiteFolder = Annotated[Path, Parameter(help="the folder of a site")]
+SiteData = Annotated[
+    list[Path] | None,
+    Parameter(
+        name="--data", consume_multiple=True, show_default=False, help="files of comparisons (.jsonl or .jsonl.gz)"
+    ),
+]
 RunFolder = Annotated[Path, Parameter(help="the folder of a run")]
 WhichSelector = Annotated[
     str | None, Parameter(show_default=False, help="the number of a selector, from 0, or all: they vote")
@@ -553,6 +565,90 @@ def server_register(
     print(f"{key.stem} may join as node {node}, for {', '.join(names)}")
 
 
+@client_app.command(name="init", sort_key=1)
+def client_init(folder: Annotated[Path, Parameter(help="a new folder")], /, *, data: SiteData = None) -> None:
+    """Make the folder of a site: a key pair, and site.yaml, which says what the site takes part in.
+
+    Examples: fedbiscuit client init site-a/
+              fedbiscuit client init site-a/ --data comparisons.jsonl
+    """
+    from fedbiscuit.deployment import site
+    from fedbiscuit.terminal import clean
+
+    names = sorted(site.check_data(data).clients) if data else []
+    public = site.init_site(folder)
+    given = clean(shlex.quote(",".join(names))) if names else "NAMES"
+    where = "" if names else "; `fedbiscuit data check FILE` lists NAMES, the clients in your files"
+    copy = f"{folder.resolve().name}.pub"
+    print(
+        f"{folder} is ready. Read {folder / site.SETTINGS}, and send to the server's administrator:\n"
+        f"  {public}, as {copy}; the key beside it stays here\n"
+        f"  the names of your clients, for `fedbiscuit server register DEPLOY {copy} --clients {given}`{where}\n"
+        f"then: {_program()} client start {shlex.quote(str(folder))} --data FILE --server HOST:PORT --ca ca.crt"
+    )
+
+
+@client_app.command(name="start", sort_key=2)
+def client_start(
+    folder: SiteFolder,
+    /,
+    *,
+    data: SiteData = None,
+    server: Annotated[str, Parameter(help="HOST:PORT of the server")],
+    ca: Annotated[
+        Path | None,
+        Parameter(show_default=False, help="the certificate that the server is known by, from its administrator"),
+    ] = None,
+    insecure: Annotated[
+        bool, Parameter(negative="", show_default=False, help="without TLS and keys: for trials on one machine")
+    ] = False,
+) -> None:
+    """Take part: a worker with your data and the model, and Flower's SuperNode, until Ctrl-C.
+
+    Examples: fedbiscuit client start site-a/ --data comparisons.jsonl --server server.example.org:8443 --ca ca.crt
+    """
+    from fedbiscuit.deployment import site, site_processes
+    from fedbiscuit.terminal import clean
+
+    def say(text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {clean(text)}", flush=True)
+
+    if not data:
+        raise ConfigError(
+            "--data: name the files with the comparisons of this site's clients, such as --data mine.jsonl"
+        )
+    where = site_processes.server_of(server, ca, insecure)
+    site.settings_of(folder)
+    found = site.check_data(data)
+    for warning in found.warnings:
+        log.warning("%s", clean(warning))
+    if insecure:
+        log.warning(
+            "--insecure: anybody between this site and %s can read and change what is sent, and nobody proves who he is",
+            server,
+        )
+    say(
+        f"{found.num_comparisons:,} comparisons of {len(found.clients):,} clients; they stay here. Ctrl-C ends this site"
+    )
+    try:
+        site_processes.run_site(folder, data, where, say)
+    except KeyboardInterrupt:
+        say("worker and SuperNode are stopped")
+
+
+@client_app.command(name="status", sort_key=3)
+def client_status(folder: SiteFolder, /) -> None:
+    """Whether a site runs, what it was asked, and what it sent.
+
+    Example: fedbiscuit client status site-a/
+    """
+    from fedbiscuit.deployment import site
+    from fedbiscuit.terminal import clean
+
+    for line in site.status_lines(folder):
+        print(clean(line))
+
+
 def _settings(source: Path, overrides: Sequence[str], selector: Path | None = None) -> tuple[Config, bool]:
     """The settings of a config file or of a run folder, and whether it was a folder.
 
@@ -729,6 +825,11 @@ def _command_of(words: Sequence[str]) -> str:
             break
         found, level = f"{found}{word} ", level[word]
     return found
+    commands = {name for name in app if not name.startswith("-")}
+    if not words or words[0] not in commands:
+        return ""
+    inner = len(words) > 1 and words[0] in ("data", "client") and words[1] in app[words[0]]
+    return f"{words[0]} {words[1]} " if inner else f"{words[0]} "
 
 
 def _how_to_resume(words: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,11 @@ from fedbiscuit.types import FederationError, Reply, Task, Weights
 __all__ = ["Answer", "Order", "pack_answer", "pack_order", "packed_adapter", "unpack_answer", "unpack_order"]
 
 MAX_PARTS = 100_000
+MAX_HEADER = 2**24
+MAX_NAME = 200
+MAX_TERMS = 2**20
+MAX_CLIENT = 1000
+DIGEST = re.compile("[0-9a-f]{64}")
 ORDER = {"run", "terms", "adapters", "wanted"}
 ANSWER = {"clients", "lacks", "error"}
 
@@ -76,14 +82,17 @@ def unpack_order(data: bytes) -> Order:
     """The order in a message; ``FederationError`` says what is wrong with it."""
     header, parts = _opened(data, ORDER)
     wanted = [_numbers(one) for one in _list(header, "wanted")]
-    digests = [_text(one, "adapters") for one in _list(header, "adapters")]
+    digests = [_digest(one, "adapters") for one in _list(header, "adapters")]
     if len(parts) != len(digests) + len(wanted) or len(set(digests)) < len(digests):
         raise FederationError(f"message: {len(parts)} parts for {len(digests)} adapters and {len(wanted)} tasks")
+    if extra := set(digests) - {digest for one in wanted for digest in one.values()}:
+        raise FederationError(f"message: no task wants adapter {min(extra)[:12]}")
     tasks = [unpack_task(part) for part in parts[len(digests) :]]
     if any(task.adapters for task in tasks):
         raise FederationError("message: a task brings adapters of its own")
     adapters = dict(zip(digests, parts, strict=False))
-    return Order(_text(header["run"], "run"), _text(header["terms"], "terms"), tasks, wanted, adapters)
+    run, terms = _text(header["run"], "run", MAX_NAME), _text(header["terms"], "terms", MAX_TERMS)
+    return Order(run, terms, tasks, wanted, adapters)
 
 
 def pack_answer(answer: Answer) -> bytes:
@@ -95,7 +104,8 @@ def pack_answer(answer: Answer) -> bytes:
 def unpack_answer(data: bytes) -> Answer:
     """The answer in a message; ``FederationError`` says what is wrong with it."""
     header, parts = _opened(data, ANSWER)
-    clients, lacks = ([_text(one, key) for one in _list(header, key)] for key in ("clients", "lacks"))
+    clients = [_text(one, "clients", MAX_CLIENT) for one in _list(header, "clients")]
+    lacks = [_digest(one, "lacks") for one in _list(header, "lacks")]
     return Answer(clients, [unpack_reply(part) for part in parts], lacks, _text(header["error"], "error"))
 
 
@@ -107,13 +117,16 @@ def _joined(parts: Sequence[bytes]) -> bytes:
 def _opened(data: bytes, keys: set[str]) -> tuple[dict[str, Any], list[bytes]]:
     if len(data) > MAX_BYTES:
         raise FederationError(f"message: {len(data)} bytes; at most {MAX_BYTES} are read")
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while at < len(data):
         size = int.from_bytes(data[at : at + 8], "little")
         if at + 8 + size > len(data) or len(parts) > MAX_PARTS:
             raise FederationError("message: cut off, or not one of ours")
         parts.append(data[at + 8 : at + 8 + size])
         at += 8 + size
+    if parts and len(parts[0]) > MAX_HEADER:
+        raise FederationError(f"message: a header of {len(parts[0])} bytes; at most {MAX_HEADER} are read")
     try:
         header = json.loads(parts[0])
     except (IndexError, ValueError, RecursionError):
@@ -134,13 +147,19 @@ def _list(header: Mapping[str, Any], key: str) -> list[Any]:
     return found
 
 
-def _text(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise FederationError(f"message: {key}: {value!r:.80} is not a text")
+def _text(value: Any, key: str, longest: int = MAX_TERMS) -> str:
+    if not isinstance(value, str) or len(value) > longest:
+        raise FederationError(f"message: {key}: {value!r:.80} is not a text of at most {longest} characters")
+    return value
+
+
+def _digest(value: Any, key: str) -> str:
+    if not isinstance(value, str) or not DIGEST.fullmatch(value):
+        raise FederationError(f"message: {key}: {value!r:.80} is not a digest")
     return value
 
 
 def _numbers(value: Any) -> dict[int, str]:
     if not isinstance(value, dict) or not all(key.isdecimal() and len(key) <= 6 for key in value):
         raise FederationError(f"message: wanted: {value!r:.80} does not name adapters")
-    return {int(key): _text(digest, "wanted") for key, digest in value.items()}
+    return {int(key): _digest(digest, "wanted") for key, digest in value.items()}

@@ -6,12 +6,13 @@ import contextlib
 import socket
 from pathlib import Path
 
-from fedbiscuit.types import EnvironmentFault
+from fedbiscuit.types import EnvironmentFault, FederationError
 
 __all__ = ["MAX_BYTES", "ask_at", "receive", "send"]
 
 MAX_BYTES = 2**31
 """The largest message that is read. A LoRA adapter of a 70-billion model is below one gigabyte."""
+CHUNK = 2**20
 
 
 def send(connection: socket.socket, data: bytes) -> None:
@@ -21,10 +22,15 @@ def send(connection: socket.socket, data: bytes) -> None:
 
 
 def receive(connection: socket.socket) -> bytes | None:
-    """The next message; None where the other side has gone, also in the middle of one."""
+    """The next message; None where the other side has gone, also in the middle of one.
+
+    ``FederationError`` for one that is too large. Memory grows with what came, not with what was announced.
+    """
     head = _exactly(connection, 8)
     size = int.from_bytes(head or b"", "little")
-    return _exactly(connection, size) if head and size <= MAX_BYTES else None
+    if size > MAX_BYTES:
+        raise FederationError(f"message: {size} bytes; at most {MAX_BYTES} are read")
+    return _exactly(connection, size) if head else None
 
 
 def ask_at(path: Path, data: bytes, timeout: float) -> bytes:
@@ -47,11 +53,10 @@ def ask_at(path: Path, data: bytes, timeout: float) -> bytes:
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes | None:
-    data = bytearray(size)
-    view, got = memoryview(data), 0
-    while got < size:
-        count = connection.recv_into(view[got:])
-        if count == 0:
+    data = bytearray()
+    while len(data) < size:
+        came = connection.recv(min(CHUNK, size - len(data)))
+        if not came:
             return None
-        got += count
+        data += came
     return bytes(data)

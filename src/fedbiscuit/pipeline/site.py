@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbiscuit.backends.inprocess import InProcessBackend
-from fedbiscuit.backends.worker import TakingPart
+from fedbiscuit.backends.worker import TakingPart, told_outside
 from fedbiscuit.config import Config, ModelSettings, dump_config, parse_config
 from fedbiscuit.data.encoding import TEMPLATES
 from fedbiscuit.data.sources import load
@@ -58,24 +58,33 @@ class Site:
     _loaded: dict[tuple[ModelSettings, bool], LM] = field(default_factory=dict)
 
     def open_run(self, terms: str) -> TakingPart:
-        """The clients and the LM of a run. ``ConfigError`` or ``FederationError`` says why this site cannot take part."""
+        """The clients and the LM of a run. ``FederationError`` tells the server why this site cannot take part; other errors
+        are for the site's own eyes.
+        """
         try:
             found = json.loads(terms)
             text, digest = found["config"], found["model"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise FederationError("the terms of this run cannot be read; do both sides run the same version?") from None
-        cfg = parse_config(text, (), "the server's settings")
-        base = self.models.get(cfg.model.base, cfg.model.base)
+        try:
+            cfg = parse_config(text, (), "the server's settings")
+        except ConfigError as error:
+            raise FederationError(f"{error}; do both sides run the same version?") from None
+        if cfg.data.template not in TEMPLATES:
+            raise FederationError(f"data.template: {cfg.data.template!r:.80} is none that this site has")
+        named = cfg.model.base
+        base = self.models.get(named, named)
         model = cfg.model.model_copy(update={"base": base, "device": self.device, "threads": self.threads})
-        data = cfg.data.model_copy(update={"path": self.data})
+        data = cfg.data.model_copy(update={"source": "jsonl", "path": self.data, "prompts": ""})
         cfg = cfg.model_copy(update={"model": model, "data": data})
         if (model, cfg.selectors.kind == "reward") not in self._loaded:
             self._loaded.clear()  # one base model at a time
         session = Session(cfg, RunDir(Path(), None), load(cfg.data, cfg.seed), silent, models=self._loaded)
         if session.lm.digest != digest:
             raise FederationError(
-                f"the base model {base} here is another one than the server's ({session.lm.digest[:16]}, not {digest[:16]}); "
+                f"the base model {named} here is another one than the server's ({session.lm.digest[:16]}, not {digest[:16]}); "
                 "get the same files, or name their folder in site.yaml (models)"
             )
         held = {client: len(one.train) for client, one in session.clients.items()}
-        return TakingPart(InProcessBackend(session.desk, session.clients), held, session.lm.digest)
+        backend = InProcessBackend(session.desk, session.clients, told_outside)
+        return TakingPart(backend, held, session.lm.digest)
