@@ -347,6 +347,11 @@ def wait_for(found) -> None:
         time.sleep(0.01)
 
 
+def listens(path: Path) -> bool:
+    with closing(socket.socket(socket.AF_UNIX)) as knock:
+        return knock.connect_ex(str(path)) == 0
+
+
 def connected(path: Path) -> socket.socket:
     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     one.settimeout(20)
@@ -371,10 +376,9 @@ def test_what_a_worker_before_has_left_is_cleared_away_but_no_file_of_somebody(w
     path = tmp_path / "w"
     with closing(socket.socket(socket.AF_UNIX)) as left:
         left.bind(str(path))
-    with closing(socket.socket(socket.AF_UNIX)) as knock:
-        assert knock.connect_ex(str(path)) != 0
+    assert not listens(path)
     with served(world, path):
-        wait_for(lambda: connected(path) and True)
+        wait_for(lambda: listens(path))
         assert unpack_answer(ask_at(path, HELLO, 20)).error == ""
     path.write_text("mine")
     with pytest.raises(EnvironmentFault, match="is no socket; move it away"):
