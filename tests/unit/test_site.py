@@ -316,7 +316,7 @@ def test_a_process_that_does_not_hear_is_ended_after_its_time(tmp_path, monkeypa
 
 
 def test_a_large_log_is_put_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "LARGE_LOG", 10)
+    monkeypatch.setattr(site_processes, "LARGE_LOG", 10)
     (tmp_path / "w.log").write_text("x" * 11)
     child = Child("worker", [sys.executable, "-c", "print('new')"], tmp_path / "w.log")
     child.start()
