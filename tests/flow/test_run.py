@@ -571,3 +571,27 @@ def test_runs_side_by_side_are_tables_and_figures_and_the_same_bytes_each_time(t
     assert b"var(--" not in held["comparison-0-agreement.svg"]
     assert main(["compare", *folders, "--out", str(out)]) == 0
     assert held == {path.name: path.read_bytes() for path in out.parent.iterdir()}
+
+
+def test_a_command_that_fails_leaves_the_settings_of_the_run_alone_and_tells_what_comes_first(tmp_path, tiny_model):
+    cfg = settings(tmp_path, tiny_model, "evaluation.compare_global=false")
+    run = pipeline.train_selectors(cfg)
+    before = (run / "config.yaml").read_bytes()
+    (run / "selectors").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        ConfigError, match=r"one: not trained yet, 6 of 6 rounds are done; run `fedbiscuit train .*` first"
+    ):
+        pipeline.label(settings(tmp_path, tiny_model, "evaluation.compare_global=false", "generation.num_prompts=2"))
+    (tmp_path / "elsewhere").rename(run / "selectors")
+    wrong = settings(tmp_path, tiny_model, "evaluation.compare_global=false", "judge.model=nosuch")
+    with pytest.raises(ConfigError, match=r"there is no aligned policy|judge.model: nosuch"):
+        pipeline.judge(wrong)
+    assert (run / "config.yaml").read_bytes() == before
+    pipeline.evaluate_task(
+        settings(
+            tmp_path, tiny_model, "evaluation.compare_global=false", "evaluation.num_prompts=2", "evaluation.best_of=3"
+        ),
+        "best-of-n",
+    )
+    saved = parse_config((run / "config.yaml").read_text()).evaluation
+    assert (saved.num_prompts, saved.best_of) == (4, 3)  # how much was looked at is not the run's evaluation

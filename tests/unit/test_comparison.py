@@ -142,7 +142,7 @@ def test_the_same_run_twice_is_refused():
 def test_tables_have_no_empty_columns_and_every_method():
     section = Section("t", (Method("one", (run({"ann": 0.5, "bo": 0.7}),)), Method("two", (run({"ann": 0.6}),))))
     agreement, differences, *_ = tables_of(section)
-    assert [row[0] for row in agreement[1]] == ["one", "two", "the longer answer"]
+    assert [row[0] for row in agreement[1]] == ["one", "two", "the longer answer", "the shorter answer"]
     assert "new clients" not in agreement[0]
     assert "adjusted Rand index" not in agreement[0]
     assert agreement[1][0][:2] == ["one", "1"]

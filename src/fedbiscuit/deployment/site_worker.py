@@ -1,4 +1,4 @@
-"""The worker process of a site: ``python -m fedbiscuit.deployment.site_worker FOLDER SOCKET FILE...``, from ``site_processes.py``."""
+"""A site's worker: ``python -m fedbiscuit.deployment.site_worker FOLDER SOCKET FILE...``, from ``site_processes.py``."""
 
 from __future__ import annotations
 

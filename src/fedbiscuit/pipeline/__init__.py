@@ -37,6 +37,9 @@ __all__ = [
     "train_selectors",
 ]
 
+FOR_ONCE = ("num_prompts", "max_comparisons", "greedy", "batch_size", "bootstrap")
+"""Settings that say how much an evaluation of its own looks at, and not what the run's evaluation is."""
+
 
 def run_all(cfg: Config, resume: bool = False, progress: Progress = silent, devices: int = 1) -> Path:
     """Everything: train selectors, generate, label, align, evaluate. Returns the run folder.
@@ -121,6 +124,7 @@ def evaluate_task(
     asked = Asked(checkpoints, checkpoint)
     check_task(task, asked)
     with open_run(cfg, progress) as session:
+        session.for_once = FOR_ONCE
         do_task(session, task, asked)
         return session.run.path
 
@@ -141,4 +145,5 @@ def judge(
     check_contest(on, asked)
     check_judge(cfg.judge)
     with open_run(cfg, progress) as session:
+        session.for_once = FOR_ONCE
         return session.run.path / judge_run(session, on, asked)

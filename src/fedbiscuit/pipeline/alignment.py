@@ -19,6 +19,7 @@ log = logging.getLogger("fedbiscuit")
 def align_policy(session: Session) -> None:
     """DPO on the labels, over ``session.devices`` devices where a step has so many pairs."""
     part = Part.of(session.cfg, session.run, session.policy_lm)
+    session.settle()
     count = min(session.devices, part.per_step)
     found = session.run.load_state("policy")
     if found is not None and found[0] >= session.cfg.alignment.steps:

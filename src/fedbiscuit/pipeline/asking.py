@@ -133,7 +133,10 @@ def judge_identity(session: Session) -> dict[str, Any]:
     if settings.engine == "vllm":
         how["engine"] = settings.engine
         return {"model": public_name(settings.model), "digest": resolve_model(settings.model)[1], **how}
-    lm = _judge_lm(session)
+    try:
+        lm = _judge_lm(session)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.base:", "judge.model:", 1)) from None
     return {"model": lm.public_name, "digest": lm.digest, **how}
 
 

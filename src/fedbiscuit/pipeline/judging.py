@@ -79,8 +79,8 @@ def judge_run(session: Session, on: str, asked: Asked) -> str:
     """
     settings, run = session.cfg.judge, session.run
     wording = load_wording(PROTOCOLS[settings.protocol], settings.template)
-    contests = CONTESTS[on](session, asked)
     judge = judge_identity(session)
+    contests = CONTESTS[on](session, asked)
     questions = [_questions(session, wording, judge, contest) for contest in contests]
     kept = _kept(session)
     before = set(kept)

@@ -47,6 +47,7 @@ def write_and_label(session: Session) -> None:
     judge = labeler(session)
     whose = {"selectors": _digests(cfg.labels.selectors)}
     run.check_same("labels.json", whose, "selectors that labeled")
+    session.settle()
     prompts = session.prompts[: cfg.generation.num_prompts or None]
     _write_completions(session, prompts)
     if run.read_json("labels.json") is not None:

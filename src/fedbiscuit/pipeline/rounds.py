@@ -24,6 +24,7 @@ Row = Mapping[str, Any]
 
 def train_all(session: Session) -> None:
     """The selectors of the settings; with ``compare_global`` also one global selector by the same budget of rounds."""
+    session.settle()
     session.note_left_out()
     _train(session, session.cfg.selectors, "selectors", "metrics.jsonl")
     if session.cfg.evaluation.compare_global and session.cfg.selectors.num_adapters > 1:

@@ -47,6 +47,8 @@ class Session:
     tracking: Tracking = field(default_factory=Tracking)
     connect: Callable[[Session], Backend] | None = None
     """How clients on other machines are reached; None: all data is here."""
+    for_once: tuple[str, ...] = ()
+    """Settings of ``evaluation`` that this command has for itself alone."""
 
     def lm_of(self, settings: ModelSettings, scores: bool = False) -> LM:
         """The LM of these settings, loaded once; ``scores``: with a head for a reward model."""
@@ -162,6 +164,18 @@ class Session:
             )
         return fitting
 
+    def settle(self) -> None:
+        """Write the settings down: at a stage's start, when all that it needs is there, so that it can go on; else at its end.
+
+        Those of ``for_once`` stay as they were.
+        """
+        cfg, path = self.cfg, self.run.path / "config.yaml"
+        if self.for_once and path.exists():
+            before = load_config(path).evaluation
+            kept = {key: getattr(before, key) for key in self.for_once}
+            cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update=kept)})
+        self.run.write_text("config.yaml", dump_config(cfg))
+
     def note_left_out(self) -> None:
         """``left_out.json``: how much of the data is not used, by reason."""
         clients = self.clients
@@ -246,9 +260,11 @@ def open_session(
             now = machine_manifest(device=str(session.lm.device))
             for difference in machine_differences(run.read_json("manifest.json") or {}, now):
                 log.warning("%s: %s", run.path, difference)
-        run.write_text("config.yaml", dump_config(cfg))
+        if not (run.path / "config.yaml").exists():
+            session.settle()
         with open_tracking(cfg.trackers, run, cfg.name) as session.tracking:
             yield session
+        session.settle()
 
 
 def _check_objective(cfg: Config, dataset: Dataset) -> None:
@@ -263,10 +279,20 @@ def _check_objective(cfg: Config, dataset: Dataset) -> None:
 
 
 def open_run(cfg: Config, progress: Progress, devices: int = 1) -> contextlib.AbstractContextManager[Session]:
-    """A run that exists, to go on in it with a later stage."""
+    """A run that is trained, to go on in it with a later stage; seen before a model is loaded."""
     path = run_path(cfg.runs_dir, cfg.name)
     if not (path / "config.yaml").exists():
-        raise ConfigError(f"{path}: there is no run here; train its selectors first: `fedbiscuit train CONFIG`")
+        raise ConfigError(
+            f"{path}: there is no run here; train its selectors first: `fedbiscuit train CONFIG`, or name the run whose "
+            "selectors label, as in `fedbiscuit align CONFIG --selector runs/OTHER`"
+        )
+    trained = "selectors" if cfg.selectors.local.objective == "choice" else "policy"
+    if not cfg.labels.selectors and not (path / trained).is_dir():
+        done = len(RunDir.view(path).read_lines("metrics.jsonl"))
+        raise ConfigError(
+            f"{path}: not trained yet, {done} of {cfg.selectors.rounds} rounds are done; run `fedbiscuit train {path}` first, "
+            "which goes on from there"
+        )
     return open_session(cfg, True, progress, devices)
 
 

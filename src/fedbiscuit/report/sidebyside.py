@@ -83,6 +83,7 @@ def _agreement(section: Section) -> Table:
     rows += [
         _baseline_row(section, UNTRAINED, "baseline_raw", ""),
         _baseline_row(section, "the longer answer", "baseline_longer", "new clients, the longer answer"),
+        _baseline_row(section, "the shorter answer", "baseline_longer", "new clients, the longer answer", against=True),
     ]
     return header, [row for row in rows if row[1] != "0"]
 
@@ -108,16 +109,22 @@ def _agreement_row(method: Method, name: str, place: int, key: str, new: str) ->
     )
 
 
-def _baseline_row(section: Section, name: str, key: str, new: str) -> tuple[str, ...]:
-    """A rule that no run trains: the same in all runs of a seed that have it."""
+def _baseline_row(section: Section, name: str, key: str, new: str, against: bool = False) -> tuple[str, ...]:
+    """A rule that no run trains: the same in all runs of a seed that have it. ``against``: the opposite rule."""
+
+    def share(value: float) -> float:
+        return 1 - value if against else value
+
     runs = {run.cfg.seed: run for method in section.methods for run in method.runs if _has(run, key)}
     by_seed = {
-        seed: {client: one[key] for client, one in run.selectors["clients"].items()} for seed, run in runs.items()
+        seed: {client: share(one[key]) for client, one in run.selectors["clients"].items()}
+        for seed, run in runs.items()
     }
     value, interval = mean_and_interval(by_seed) if by_seed else (0.0, None)
-    found = _mean([_new(run, new) for run in runs.values()])
+    found = [_new(run, new) for run in runs.values()]
+    told = _mean([None if one is None else share(one) for one in found])
     each = " ".join(_share(mean(accuracies.values())) for accuracies in by_seed.values())
-    return (name, str(len(runs)), _share(value), _interval(interval), each, "", "", "", "", "", found, "")
+    return (name, str(len(runs)), _share(value), _interval(interval), each, "", "", "", "", "", told, "")
 
 
 def _has(run: RunView, key: str) -> bool:
