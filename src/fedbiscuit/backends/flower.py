@@ -131,15 +131,15 @@ class FlowerBackend:
             data = pack_order(order)
             self.bytes_down += len(data)
             messages.append(Message(record_of(data), node, "query", ttl=self._timeout))
-        node_of = dict(zip(self._grid.push_messages(messages), orders, strict=True))
         answers = {node: Answer(error=f"no answer within {self._timeout:g} seconds") for node in orders}
         deadline, pause = time.monotonic() + self._timeout, POLL
-        waiting = dict(node_of)
+        waiting: dict[str, int] = dict(zip(self._grid.push_messages(messages), orders, strict=True))
         while waiting and time.monotonic() < deadline:
             came = list(self._grid.pull_messages(list(waiting)))
             for message in came:
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:
+                asked = message.metadata.reply_to_message_id
+                if asked in waiting:
+                    node = waiting.pop(asked)
                     answers[node] = self._read(node, orders[node], message)
             pause = POLL if came else min(pause * 1.3, 10 * POLL)
             if waiting:
