@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.flow.test_run import digests, settings, write_world
 
 from fedbiscuit import pipeline
 from fedbiscuit.config import dump_config
-from tests.flow.test_run import digests, settings, write_world
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("flwr") is None,
