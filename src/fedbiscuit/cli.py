@@ -14,10 +14,11 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter, validators
 
@@ -26,6 +27,7 @@ from fedbiscuit.types import ConfigError, FedbiscuitError
 
 if TYPE_CHECKING:
     from fedbiscuit.config import Config
+    from fedbiscuit.terminal import ProgressLines
 
 __all__ = ["app", "main"]
 
@@ -46,6 +48,17 @@ app = App(
 )
 data_app = App(name="data", help="Look at data files before they are used.", help_format="plaintext", sort_key=9)
 app.command(data_app)
+server_app = App(
+    name="server",
+    help="Serve real clients over Flower: set up, start, let sites join.",
+    help_format="plaintext",
+    sort_key=10,
+)
+app.command(server_app)
+client_app = App(
+    name="client", help="A site of a federation on several machines.", help_format="plaintext", sort_key=10
+)
+app.command(client_app)
 
 Source = Annotated[Path, Parameter(help="a config file, or the folder of a run, which is continued")]
 Overrides = Annotated[str, Parameter(help="settings on top of the config: key=value or key value, such as seed=1")]
@@ -67,6 +80,13 @@ Resume = Annotated[
     bool, Parameter(negative="", show_default=False, help="go on where an earlier run into the same folder stopped")
 ]
 
+SiteFolder = Annotated[Path, Parameter(help="the folder of a site")]
+SiteData = Annotated[
+    list[Path] | None,
+    Parameter(
+        name="--data", consume_multiple=True, show_default=False, help="files of comparisons (.jsonl or .jsonl.gz)"
+    ),
+]
 RunFolder = Annotated[Path, Parameter(help="the folder of a run")]
 WhichSelector = Annotated[
     str | None, Parameter(show_default=False, help="the number of a selector, from 0, or all: they vote")
@@ -80,8 +100,34 @@ BaseName = Annotated[
 ]
 
 
+Where = Annotated[
+    Literal["here", "flower"],
+    Parameter(name="--backend", help="here: all clients in this process; flower: on other machines, over Flower"),
+]
+Deploy = Annotated[
+    Path | None, Parameter(show_default=False, help="with --backend flower: the folder of `fedbiscuit server init`")
+]
+Timeout = Annotated[
+    float,
+    Parameter(
+        name="--timeout",
+        validator=validators.Number(gt=0),
+        help="with --backend flower: seconds that one exchange may take",
+    ),
+]
+
+
 @app.command(sort_key=1)
-def run(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus: Gpus = 1) -> None:
+def run(
+    config: Source,
+    /,
+    *overrides: Overrides,
+    resume: Resume = False,
+    gpus: Gpus = 1,
+    where: Where = "here",
+    deploy: Deploy = None,
+    timeout: Timeout = 600.0,
+) -> None:
     """Do everything: train selectors, label, align the policy, evaluate, and write the report.
 
     Example: fedbiscuit run configs/demo.yaml seed=1 selectors.rounds=20
@@ -92,14 +138,40 @@ def run(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus: 
     from fedbiscuit.terminal import ProgressLines, print_evaluation, print_next
 
     with ProgressLines() as progress:
-        run_dir = pipeline.run_all(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
+        remotely = _trained_remotely(cfg, where, deploy, resume or is_folder, timeout, progress)
+        run_dir = pipeline.run_all(cfg, resume=resume or is_folder or remotely, progress=progress, devices=gpus)
     report_path = write_report(run_dir)
     print_evaluation(_evaluation(run_dir))
     print_next(str(report_path), _next_commands(config, overrides, cfg, is_folder))
 
 
+def _trained_remotely(
+    cfg: Config, where: str, deploy: Path | None, resume: bool, timeout: float, progress: ProgressLines
+) -> bool:
+    """Train the selectors over Flower where that is asked for."""
+    if where != "flower":
+        return False
+    if deploy is None:
+        raise ConfigError(
+            "--backend flower: name the server's folder with --deploy (`fedbiscuit server init` makes it)"
+        )
+    from fedbiscuit.deployment.running import train_by_flower
+
+    train_by_flower(cfg, deploy, resume, timeout, progress)
+    return True
+
+
 @app.command(sort_key=2)
-def train(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus: Gpus = 1) -> None:
+def train(
+    config: Source,
+    /,
+    *overrides: Overrides,
+    resume: Resume = False,
+    gpus: Gpus = 1,
+    where: Where = "here",
+    deploy: Deploy = None,
+    timeout: Timeout = 600.0,
+) -> None:
     """Train the selectors federatedly (the first stage of run).
 
     Example: fedbiscuit train configs/two_camps.yaml selectors.num_adapters=2
@@ -109,7 +181,10 @@ def train(config: Source, /, *overrides: Overrides, resume: Resume = False, gpus
     from fedbiscuit.terminal import ProgressLines
 
     with ProgressLines() as progress:
-        run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
+        if _trained_remotely(cfg, where, deploy, resume or is_folder, timeout, progress):
+            run_dir = _run_dir(cfg)
+        else:
+            run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
     if cfg.selectors.local.objective == "choice":
         _say_next(run_dir, "label", "selectors")
     else:
@@ -426,6 +501,154 @@ def check(
     return 0 if found.ok else 2
 
 
+DeployFolder = Annotated[Path, Parameter(help="the server's deploy folder")]
+
+
+@server_app.command(name="init", sort_key=1)
+def server_init(
+    deploy: DeployFolder,
+    /,
+    *,
+    host: Annotated[
+        tuple[str, ...],
+        Parameter(
+            consume_multiple=True,
+            show_default=False,
+            help="the names or IP addresses by which sites reach this server; localhost and 127.0.0.1 are always there",
+        ),
+    ] = (),
+    port: Annotated[int, Parameter(help="where SuperLink listens, on 127.0.0.1 alone")] = 8000,
+    insecure: Annotated[
+        bool, Parameter(negative="", show_default=False, help="no TLS and no keys: to try it on one laptop")
+    ] = False,
+) -> None:
+    """Make the server's folder: certificates, settings, and a proxy configuration that publishes what sites need.
+
+    Example: fedbiscuit server init deploy/ --host fed.example.org
+    """
+    from fedbiscuit.deployment.server import init, next_steps
+
+    for line in next_steps(init(deploy, host, port, insecure), deploy, _program()):
+        print(line)
+
+
+@server_app.command(name="start", sort_key=2)
+def server_start(deploy: DeployFolder, /) -> None:
+    """Run the server here, until Ctrl-C or SIGTERM.
+
+    Example: fedbiscuit server start deploy/
+    """
+    from fedbiscuit.deployment.server import load
+    from fedbiscuit.deployment.serving import serve
+
+    serve(load(deploy), lambda line: print(line, flush=True))
+
+
+@server_app.command(name="register", sort_key=3)
+def server_register(
+    deploy: DeployFolder,
+    key: Annotated[Path, Parameter(help="the public key that a site has sent, such as site-a.pub")],
+    /,
+    *,
+    clients: Annotated[
+        tuple[str, ...], Parameter(consume_multiple=True, help="whom the site answers for, as in alice,bob")
+    ],
+) -> None:
+    """Let a site join: its key, and the names of its clients. The server must run. Once more replaces the names.
+
+    Example: fedbiscuit server register deploy/ site-a.pub --clients alice,bob
+    """
+    from fedbiscuit.deployment.registration import register
+    from fedbiscuit.deployment.server import load
+
+    node, names = register(load(deploy), key, clients)
+    print(f"{key.stem} may join as node {node}, for {', '.join(names)}")
+
+
+@client_app.command(name="init", sort_key=1)
+def client_init(folder: Annotated[Path, Parameter(help="a new folder")], /, *, data: SiteData = None) -> None:
+    """Make the folder of a site: a key pair, and site.yaml, which says what the site takes part in.
+
+    Examples: fedbiscuit client init site-a/
+              fedbiscuit client init site-a/ --data comparisons.jsonl
+    """
+    from fedbiscuit.deployment import site
+    from fedbiscuit.terminal import clean
+
+    names = sorted(site.check_data(data).clients) if data else []
+    public = site.init_site(folder)
+    given = clean(shlex.quote(",".join(names))) if names else "NAMES"
+    where = "" if names else "; `fedbiscuit data check FILE` lists NAMES, the clients in your files"
+    copy = f"{folder.resolve().name}.pub"
+    print(
+        f"{folder} is ready. Read {folder / site.SETTINGS}, and send to the server's administrator:\n"
+        f"  {public}, as {copy}; the key beside it stays here\n"
+        f"  the names of your clients, for `fedbiscuit server register DEPLOY {copy} --clients {given}`{where}\n"
+        f"then: {_program()} client start {shlex.quote(str(folder))} --data FILE --server HOST:PORT --ca ca.crt"
+    )
+
+
+@client_app.command(name="start", sort_key=2)
+def client_start(
+    folder: SiteFolder,
+    /,
+    *,
+    data: SiteData = None,
+    server: Annotated[str, Parameter(help="HOST:PORT of the server")],
+    ca: Annotated[
+        Path | None,
+        Parameter(show_default=False, help="the certificate that the server is known by, from its administrator"),
+    ] = None,
+    insecure: Annotated[
+        bool, Parameter(negative="", show_default=False, help="without TLS and keys: for trials on one machine")
+    ] = False,
+) -> None:
+    """Take part: a worker with your data and the model, and Flower's SuperNode, until Ctrl-C.
+
+    Examples: fedbiscuit client start site-a/ --data comparisons.jsonl --server server.example.org:8443 --ca ca.crt
+    """
+    from fedbiscuit.deployment import site, site_processes
+    from fedbiscuit.terminal import clean
+
+    def say(text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {clean(text)}", flush=True)
+
+    if not data:
+        raise ConfigError(
+            "--data: name the files with the comparisons of this site's clients, such as --data mine.jsonl"
+        )
+    where = site_processes.server_of(server, ca, insecure)
+    site.settings_of(folder)
+    found = site.check_data(data)
+    for warning in found.warnings:
+        log.warning("%s", clean(warning))
+    if insecure:
+        log.warning(
+            "--insecure: anybody between this site and %s can read and change what is sent, and nobody proves who he is",
+            server,
+        )
+    say(
+        f"{found.num_comparisons:,} comparisons of {len(found.clients):,} clients; they stay here. Ctrl-C ends this site"
+    )
+    try:
+        site_processes.run_site(folder, data, where, say)
+    except KeyboardInterrupt:
+        say("worker and SuperNode are stopped")
+
+
+@client_app.command(name="status", sort_key=3)
+def client_status(folder: SiteFolder, /) -> None:
+    """Whether a site runs, what it was asked, and what it sent.
+
+    Example: fedbiscuit client status site-a/
+    """
+    from fedbiscuit.deployment import site
+    from fedbiscuit.terminal import clean
+
+    for line in site.status_lines(folder):
+        print(clean(line))
+
+
 def _settings(source: Path, overrides: Sequence[str], selector: Path | None = None) -> tuple[Config, bool]:
     """The settings of a config file or of a run folder, and whether it was a folder.
 
@@ -596,10 +819,17 @@ def _first_paragraph(error: CycloptsError) -> str:
 
 def _command_of(words: Sequence[str]) -> str:
     """The command in a command line, with a space behind it, or nothing."""
+    found, level = "", app
+    for word in words:
+        if word.startswith("-") or word not in set(level):
+            break
+        found, level = f"{found}{word} ", level[word]
+    return found
     commands = {name for name in app if not name.startswith("-")}
     if not words or words[0] not in commands:
         return ""
-    return "data check " if words[:2] == ["data", "check"] else f"{words[0]} "
+    inner = len(words) > 1 and words[0] in ("data", "client") and words[1] in app[words[0]]
+    return f"{words[0]} {words[1]} " if inner else f"{words[0]} "
 
 
 def _how_to_resume(words: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, to_json
@@ -32,10 +32,12 @@ __all__ = [
     "LoraSettings",
     "ModelSettings",
     "PartitionSettings",
+    "Section",
     "TrainingSettings",
     "dump_config",
     "json_schema",
     "load_config",
+    "load_settings",
     "load_translated",
     "parse_config",
     "settings_table",
@@ -85,6 +87,9 @@ class Section(BaseModel):
     """Common to all sections: a key that we do not know is an error, and a loaded section does not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class LoraSettings(Section):
@@ -685,12 +690,20 @@ def _resolve(
         _put(value, path, new)
         places = {key: place for key, place in places.items() if key[: len(path)] != path}
         places[path] = "command line"
+    return _checked(Config, _without_empty_sections(value), places, name), notes
+
+
+def load_settings(model: type[S], path: Path) -> S:
+    """The settings of a YAML file that is no config of a run, with the same checks and messages."""
+    return _checked(model, *_placed(read_yaml(path), str(path)), str(path))
+
+
+def _checked(model: type[S], value: dict[str, Any], places: Places, name: str) -> S:
     try:
-        cfg = Config.model_validate_json(to_json(_without_empty_sections(value), inf_nan_mode="constants"), strict=True)
-        return cfg, notes
+        return model.model_validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
     except ValidationError as error:
         problems = dict.fromkeys(
-            problem(Config, dict(found), value, places, name) for found in error.errors(include_url=False)
+            problem(model, dict(found), value, places, name) for found in error.errors(include_url=False)
         )
         raise ConfigError("\n".join(problems)) from None
 

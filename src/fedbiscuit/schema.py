@@ -90,6 +90,7 @@ def shown(value: Any) -> str:
 
 PATTERNS = {
     r"^[a-z0-9][a-z0-9._-]{0,63}$": "1 to 64 of the characters a-z 0-9 . _ -, starting with a letter or digit",
+    r"^(nf4:)?[0-9a-f]{64}$": "the digest of a model, 64 of 0-9 a-f",
     r"^(auto|cpu|mps|cuda(:\d+)?)$": "auto, cpu, mps, cuda or cuda:NUMBER",
 }
 

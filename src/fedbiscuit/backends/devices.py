@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from fedbiscuit.backends.inprocess import InProcessBackend
-from fedbiscuit.backends.wire import MAX_BYTES, pack_task, unpack_reply
+from fedbiscuit.backends.sockets import receive, send
+from fedbiscuit.backends.wire import pack_task, unpack_reply
 from fedbiscuit.types import ClientId, EnvironmentFault, Reply, Task
 
 __all__ = ["Helper", "SeveralDevices", "serve", "together"]
@@ -43,8 +44,8 @@ class Helper:
     def ask(self, message: bytes) -> bytes:
         """Its reply. ``EnvironmentFault`` where it is gone."""
         with contextlib.suppress(OSError):  # nobody is there to reply either
-            _send(self._socket, message)
-        data = _receive(self._socket)
+            send(self._socket, message)
+        data = receive(self._socket)
         if data is None:
             raise EnvironmentFault(
                 f"the process for {self.name} has ended with code {self._end()} (its own message is above); "
@@ -154,33 +155,7 @@ def together(work: Callable[[int], T], helpers: Sequence[Helper]) -> list[T]:
 def serve(number: int, answer: Callable[[bytes], bytes]) -> None:
     """Answer messages from a socket until the other side closes it."""
     with socket.socket(fileno=number) as connection:
-        while (data := _receive(connection)) is not None:
+        while (data := receive(connection)) is not None:
             reply = answer(data)
             with contextlib.suppress(OSError):
-                _send(connection, reply)
-
-
-def _send(connection: socket.socket, data: bytes) -> None:
-    connection.sendall(len(data).to_bytes(8, "little"))
-    connection.sendall(data)
-
-
-def _receive(connection: socket.socket) -> bytes | None:
-    """The next message; None where the other side has gone, also in the middle of one."""
-    head = _exactly(connection, 8)
-    size = int.from_bytes(head or b"", "little")
-    return _exactly(connection, size) if head and size <= MAX_BYTES else None
-
-
-def _exactly(connection: socket.socket, size: int) -> bytes | None:
-    data = bytearray(size)
-    view, got = memoryview(data), 0
-    while got < size:
-        try:
-            count = connection.recv_into(view[got:])
-        except OSError:
-            return None
-        if count == 0:
-            return None
-        got += count
-    return bytes(data)
+                send(connection, reply)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fedbiscuit.backends.client import Desk, Memory, answer
 from fedbiscuit.types import ClientData, ClientId, FedbiscuitError, Reply, Task
@@ -11,13 +11,17 @@ __all__ = ["InProcessBackend"]
 
 
 class InProcessBackend:
-    """Answers tasks one after another with the LM of one desk; the data of all clients is here."""
+    """Answers tasks one after another with the LM of one desk; the data of all clients is here.
+
+    ``told``: what a failed reply says of an error.
+    """
 
     at_once = 16
 
-    def __init__(self, desk: Desk, data: Mapping[ClientId, ClientData]):
+    def __init__(self, desk: Desk, data: Mapping[ClientId, ClientData], told: Callable[[BaseException], str] = str):
         self._desk = desk
         self._data = data
+        self._told = told
         self._memory = {client: Memory() for client in data}
 
     def clients(self) -> list[ClientId]:
@@ -31,7 +35,7 @@ class InProcessBackend:
             try:
                 reply = answer(task, self._data[task.client], self._desk, self._memory[task.client])
             except (FedbiscuitError, MemoryError) as error:
-                reply = Reply(task.client, ok=False, error=str(error) or type(error).__name__)
+                reply = Reply(task.client, ok=False, error=self._told(error) or type(error).__name__)
             except RuntimeError as error:
                 if "out of memory" not in str(error).lower():
                     raise

@@ -17,12 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedbiscuit.backends.sockets import MAX_BYTES
 from fedbiscuit.types import FederationError, LocalTraining, Reply, Task, Weights
 
 __all__ = ["MAX_BYTES", "pack", "pack_reply", "pack_task", "unpack", "unpack_reply", "unpack_task"]
-
-MAX_BYTES = 2**31
-"""The largest message that is read. A LoRA adapter of a 70-billion model is below one gigabyte."""
 
 MAX_HEADER = 2**24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)

@@ -7,6 +7,7 @@ and goes on where its last saved state was. ``session.py`` is what all stages sh
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from fedbiscuit.config import Config
@@ -21,7 +22,7 @@ from fedbiscuit.pipeline.rounds import train_all
 from fedbiscuit.pipeline.session import Progress, Session, open_run, open_session, silent
 from fedbiscuit.pipeline.sharing import export_run, push
 from fedbiscuit.pipeline.tasks import Asked, check_task, do_task
-from fedbiscuit.types import ConfigError
+from fedbiscuit.types import Backend, ConfigError
 
 __all__ = [
     "Progress",
@@ -59,11 +60,20 @@ def run_all(cfg: Config, resume: bool = False, progress: Progress = silent, devi
         return session.run.path
 
 
-def train_selectors(cfg: Config, resume: bool = False, progress: Progress = silent, devices: int = 1) -> Path:
-    """Train the selectors federatedly; leaves ``selectors/u0..`` in the run folder."""
+def train_selectors(
+    cfg: Config,
+    resume: bool = False,
+    progress: Progress = silent,
+    devices: int = 1,
+    connect: Callable[[Session], Backend] | None = None,
+) -> Path:
+    """Train the selectors federatedly; leaves ``selectors/u0..`` in the run folder.
+
+    ``connect`` reaches clients on other machines; without it the data of all is here.
+    """
     if cfg.labels.selectors:
         raise ConfigError(f"labels.selectors: this run takes the selectors of {cfg.labels.selectors} and trains none")
-    with open_session(cfg, resume, progress, devices) as session:
+    with open_session(cfg, resume, progress, devices, connect) as session:
         train_all(session)
         return session.run.path
 

@@ -18,7 +18,7 @@ from fedbiscuit.federated.grouping import adjusted_rand_index, choose_seat
 from fedbiscuit.pipeline.answers import held_out_answers, kept, mean_words, moved, unit_of
 from fedbiscuit.pipeline.judges import check_judges, judges_of, verdicts
 from fedbiscuit.pipeline.scoring import held_out, scores_of
-from fedbiscuit.pipeline.session import Session, resolved
+from fedbiscuit.pipeline.session import Session
 from fedbiscuit.types import ClientId, ConfigError, DataError, Grouping, Task, Weights
 
 __all__ = ["evaluate_run"]
@@ -53,7 +53,7 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
     cfg, run = session.cfg, session.run
     key, resamples = (cfg.seed, "test"), cfg.evaluation.bootstrap
     test = held_out(session.clients, "test", cfg.evaluation.max_comparisons)
-    if not test and cfg.selectors.local.objective == "sft":
+    if not test and (cfg.selectors.local.objective == "sft" or not session.clients):
         return None
     if not test:
         raise DataError(
@@ -131,9 +131,8 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
 
 def _grouping(session: Session, folder: str) -> dict[ClientId, int]:
     """The groups for which the selectors in ``folder`` were trained; everybody in group 0 where there is one selector."""
-    clients = session.clients
-    if session.cfg.selectors.population == "centralized" or resolved(session.cfg.selectors, clients).num_adapters == 1:
-        return dict.fromkeys(clients, 0)
+    if session.num_adapters == 1:
+        return dict.fromkeys(session.clients, 0)
     found = session.run.read_json(f"{folder}/groups.json")
     if found is None:
         raise ConfigError(

@@ -10,14 +10,19 @@ from fedbiscuit.backends.devices import Helper, SeveralDevices
 from fedbiscuit.backends.inprocess import InProcessBackend
 from fedbiscuit.models.lm import device_names
 from fedbiscuit.pipeline.session import Session
-from fedbiscuit.types import Backend, ClientData, ClientId
+from fedbiscuit.types import Backend, ClientData, ClientId, DataError
 
 __all__ = ["backend_for", "helpers_for"]
 
 
 @contextlib.contextmanager
 def backend_for(session: Session, clients: Mapping[ClientId, ClientData]) -> Iterator[Backend]:
-    """The backend of a run in one process, over ``session.devices`` devices where there is more than one client."""
+    """Where clients are asked: on other machines, or here, over ``session.devices`` devices if there is more than one client."""
+    if session.connect is not None:
+        yield session.connect(session)
+        return
+    if not clients:
+        raise DataError("data.path: empty; name the files with the comparisons to train on")
     here = InProcessBackend(session.desk, clients)
     with helpers_for(session, "clients", session.cfg.model.device, min(session.devices, len(clients))) as helpers:
         yield SeveralDevices(here, helpers) if helpers else here

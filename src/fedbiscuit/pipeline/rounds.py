@@ -34,15 +34,19 @@ def train_all(session: Session) -> None:
 def _train(session: Session, settings: FederatedSettings, name: str, metrics: str) -> None:
     """Rounds, from the last saved state to the end: run, evaluate when due, log, save, stop early."""
     run, seed = session.run, session.cfg.seed
+    before = run.load_state(name)
+    done = "policy" if settings.local.objective != "choice" and name == "selectors" else name
+    if before is not None and before[0] >= settings.rounds and (run.path / done).is_dir():
+        return
     clients = {"all": pooled(session.clients)} if settings.population == "centralized" else session.clients
-    settings = resolved(settings, clients)
-    found = run.load_state(name)
-    state = init_state([session.lm.new_adapter(seed, "adapter", u) for u in range(settings.num_adapters)])
-    if found is not None:
-        state = _unpacked_state(found[1], found[2])
-    run.keep_lines(metrics, state.round)
-    history = run.read_lines(metrics)
     with backend_for(session, clients) as backend:
+        settings = resolved(settings, sorted(backend.clients()), clients)
+        found = run.load_state(name)
+        state = init_state([session.lm.new_adapter(seed, "adapter", u) for u in range(settings.num_adapters)])
+        if found is not None:
+            state = _unpacked_state(found[1], found[2])
+        run.keep_lines(metrics, state.round)
+        history = run.read_lines(metrics)
         while state.round < settings.rounds and not _gave_up(history, settings.patience):
             state, record = fedbiscuit_round(state, backend, settings, seed)
             row = _row(record)

@@ -17,7 +17,7 @@ from fedbiscuit.models.lm import LM, check_quantize, load_lm
 from fedbiscuit.models.selector import Selector
 from fedbiscuit.rundir import RunDir, machine_differences, machine_manifest, run_path
 from fedbiscuit.tracking import Tracking, check_installed, open_tracking
-from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, DataError, Weights
+from fedbiscuit.types import Backend, ClientData, ClientId, Comparison, ConfigError, DataError, Weights
 
 __all__ = ["Progress", "Session", "open_run", "open_session", "resolved", "silent"]
 
@@ -45,6 +45,8 @@ class Session:
     devices: int = 1
     models: dict[tuple[ModelSettings, bool], LM] = field(default_factory=dict)
     tracking: Tracking = field(default_factory=Tracking)
+    connect: Callable[[Session], Backend] | None = None
+    """How clients on other machines are reached; None: all data is here."""
     for_once: tuple[str, ...] = ()
     """Settings of ``evaluation`` that this command has for itself alone."""
 
@@ -108,9 +110,9 @@ class Session:
     @cached_property
     def _everyone(self) -> dict[ClientId, ClientData]:
         """The comparisons that fit ``max_tokens``, of every client that has some to train on; the rest is in ``left_out``."""
-        if not self.dataset.clients:
-            raise DataError("data.path: empty; name the files with the comparisons to train on")
-        fitting = {}
+        fitting: dict[ClientId, ClientData] = {}
+        if not self.dataset.clients:  # they are on other machines, or another run's selectors label
+            return fitting
         for client, data in self.dataset.clients.items():
             parts = [self._fitting(part) for part in (self._short(data.train), data.validation, data.test)]
             fitting[client] = ClientData(*parts)
@@ -213,17 +215,31 @@ class Session:
         """Whether this run trains selectors: not where it trains a policy, or takes the selectors of another run."""
         return self.cfg.selectors.local.objective == "choice" and not self.cfg.labels.selectors
 
+    @property
+    def num_adapters(self) -> int:
+        """How many are trained: with ``population: local`` one for each client."""
+        chosen = self.cfg.selectors
+        if chosen.population == "local":
+            return sum(bool(data.train) for data in self.clients.values())
+        return chosen.num_adapters
+
     def selectors(self, folder: str = "selectors") -> tuple[Weights, ...]:
         """The trained selectors of this run. A missing one is an error: nobody labels with random weights (mistake 10)."""
-        num_adapters = 1 if folder == "global" else resolved(self.cfg.selectors, self.clients).num_adapters
+        num_adapters = 1 if folder == "global" else self.num_adapters
         return tuple(self.run.load_adapter(f"{folder}/u{u}", base=self.lm.digest) for u in range(num_adapters))
 
 
 @contextlib.contextmanager
-def open_session(cfg: Config, resume: bool, progress: Progress, devices: int = 1) -> Iterator[Session]:
+def open_session(
+    cfg: Config,
+    resume: bool,
+    progress: Progress,
+    devices: int = 1,
+    connect: Callable[[Session], Backend] | None = None,
+) -> Iterator[Session]:
     """Load the data, lock the run folder, check that it belongs to these settings and data, write both down.
 
-    ``devices``: over how many of this machine the work of training is spread.
+    ``devices``: over how many of this machine the work of training is spread. ``connect``: to clients on other machines.
     """
     check_installed(cfg.trackers)
     for settings in (cfg.model, cfg.policy_model or cfg.model):
@@ -235,7 +251,7 @@ def open_session(cfg: Config, resume: bool, progress: Progress, devices: int = 1
     with RunDir.open(run_path(cfg.runs_dir, cfg.name), resume=resume) as run:
         _check_settings(run, cfg)
         run.check_same("manifest.json", {"data": dataset.digests}, "data files")
-        session = Session(cfg, run, dataset, progress, dict(dataset.left_out), devices=devices)
+        session = Session(cfg, run, dataset, progress, dict(dataset.left_out), devices=devices, connect=connect)
         if run.read_json("manifest.json") is None:
             digests = {"data": dataset.digests, "model": session.lm.digest, "seed": cfg.seed}
             run.write_json("manifest.json", machine_manifest(device=str(session.lm.device)) | digests)
@@ -301,9 +317,13 @@ def _check_settings(run: RunDir, cfg: Config) -> None:
     )
 
 
-def resolved(settings: FederatedSettings, clients: Mapping[ClientId, ClientData]) -> FederatedSettings:
-    """The baselines, as the settings that they are: centralized is one pooled client, local only an adapter for each."""
-    holders = sorted(client for client, data in clients.items() if data.train)
+def resolved(
+    settings: FederatedSettings, holders: Sequence[ClientId], clients: Mapping[ClientId, ClientData]
+) -> FederatedSettings:
+    """The baselines, as the settings that they are: centralized is one pooled client, local only an adapter for each.
+
+    holders: who can be asked. clients: the data that is here, for groups that the data names.
+    """
     if settings.population == "centralized":
         return settings.model_copy(update={"num_adapters": 1, "cohort_size": 1, "warmup_rounds": 0, "min_replies": 1})
     if settings.population == "local":

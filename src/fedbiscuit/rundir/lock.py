@@ -30,8 +30,8 @@ class FolderLock:
         _open_locks.add(self)
 
     @classmethod
-    def take(cls, path: Path) -> FolderLock:
-        """Lock, or an ``EnvironmentFault`` that names the process that has it."""
+    def take(cls, path: Path, instead: str = "give this run another name") -> FolderLock:
+        """Lock, or an ``EnvironmentFault`` that names the process that has it, and what may be done ``instead`` of ending it."""
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -44,7 +44,7 @@ class FolderLock:
             os.ftruncate(descriptor, 0)
             write_all(descriptor, json.dumps(_myself()).encode() + b"\n")
         except BlockingIOError as error:
-            message = _in_use(path.parent, _holder(descriptor))
+            message = _in_use(path.parent, _holder(descriptor), instead)
             os.close(descriptor)
             raise EnvironmentFault(message) from error
         except OSError as error:
@@ -124,10 +124,10 @@ def _who(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, started {holder.get('started', '?')}"
 
 
-def _in_use(folder: Path, holder: dict[str, Any]) -> str:
+def _in_use(folder: Path, holder: dict[str, Any], instead: str) -> str:
     if holder.get("pid") == os.getpid() and holder.get("boot") == _boot_id():
         return f"{folder}: open already in this process ({holder['pid']}); close that RunDir first"
-    step = f"wait for it, stop it (kill {holder.get('pid', 'PID')}), or give this run another name"
+    step = f"wait for it, stop it (kill {holder.get('pid', 'PID')}), or {instead}"
     return f"{folder}: in use by {_who(holder) if holder else 'another process'}; {step}"
 
 

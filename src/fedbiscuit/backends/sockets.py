@@ -1,0 +1,62 @@
+"""Messages over a socket: eight bytes of length, then the bytes. Imports nothing heavy, for those who only carry messages."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from pathlib import Path
+
+from fedbiscuit.types import EnvironmentFault, FederationError
+
+__all__ = ["MAX_BYTES", "ask_at", "receive", "send"]
+
+MAX_BYTES = 2**31
+"""The largest message that is read. A LoRA adapter of a 70-billion model is below one gigabyte."""
+CHUNK = 2**20
+
+
+def send(connection: socket.socket, data: bytes) -> None:
+    """One message."""
+    connection.sendall(len(data).to_bytes(8, "little"))
+    connection.sendall(data)
+
+
+def receive(connection: socket.socket) -> bytes | None:
+    """The next message; None where the other side has gone, also in the middle of one.
+
+    ``FederationError`` for one that is too large. Memory grows with what came, not with what was announced.
+    """
+    head = _exactly(connection, 8)
+    size = int.from_bytes(head or b"", "little")
+    if size > MAX_BYTES:
+        raise FederationError(f"message: {size} bytes; at most {MAX_BYTES} are read")
+    return _exactly(connection, size) if head else None
+
+
+def ask_at(path: Path, data: bytes, timeout: float) -> bytes:
+    """What the process at a unix socket answers. ``EnvironmentFault`` where none is there, or none in ``timeout`` seconds."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connection:
+        connection.settimeout(timeout)
+        try:
+            connection.connect(str(path))
+            send(connection, data)
+            answer = receive(connection)
+        except TimeoutError:
+            raise EnvironmentFault(f"the worker at {path} did not answer in {timeout:g} seconds") from None
+        except OSError as error:
+            raise EnvironmentFault(
+                f"the worker is not there ({path}: {error.strerror or error}); start it with `fedbiscuit client start`"
+            ) from None
+    if answer is None:
+        raise EnvironmentFault(f"the worker at {path} ended while it answered; its own log says why")
+    return answer
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < size:
+        came = connection.recv(min(CHUNK, size - len(data)))
+        if not came:
+            return None
+        data += came
+    return bytes(data)

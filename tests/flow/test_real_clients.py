@@ -1,0 +1,105 @@
+"""A federation over sites: the bits of the one in process, and nothing of a comparison in what leaves a site."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import zlib
+
+import pytest
+from tests.flow.test_run import digests, settings, write_world
+from tests.flower_grid import DictGrid
+
+from fedbiscuit import pipeline
+from fedbiscuit.backends.worker import Rules, Worker
+from fedbiscuit.pipeline.site import Site, terms_of
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("flwr") is None,
+    reason="SKIPPED: flwr is not installed, so real clients are not tested (pip install 'fedbiscuit[flower]')",
+)
+
+CHANGES = ("evaluation.compare_global=false", "selectors.grouping_comparisons=6")
+
+
+@pytest.fixture
+def sites(tmp_path):
+    """Three sites with two people each, as the answers of their workers; everything that left them stands in ``left``."""
+    rows = [json.loads(line) for line in write_world(tmp_path / "world.jsonl").read_text().splitlines()]
+    nodes, left = {}, []
+    for k in range(3):
+        held = [row for row in rows if int(row["client"].split("-")[1]) % 3 == k]
+        path = tmp_path / f"site-{k}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in held))
+        worker = Worker(Site((str(path),), "cpu", 1).open_run, Rules(), tmp_path / f"ledger-{k}.jsonl")
+
+        def answer(data: bytes, worker: Worker = worker) -> bytes:
+            left.append(worker.answer(data))
+            return left[-1]
+
+        nodes[k + 1] = answer
+    return nodes, left, rows
+
+
+def over(grid, timeout=60.0):
+    """How a session reaches the sites of a grid."""
+    from fedbiscuit.backends.flower import FlowerBackend
+
+    return lambda session: FlowerBackend(grid, session.cfg.name, terms_of(session.cfg, session.lm.digest), timeout)
+
+
+def test_a_federation_over_three_sites_has_the_bits_of_the_one_in_process_and_no_text_leaves(
+    tmp_path, tiny_model, sites
+):
+    nodes, left, rows = sites
+    here = pipeline.train_selectors(settings(tmp_path, tiny_model, *CHANGES, name="here"))
+    cfg = settings(tmp_path, tiny_model, *CHANGES, name="there")
+    there = pipeline.train_selectors(cfg, connect=over(DictGrid(nodes)))
+    ours, theirs = digests(here), digests(there)
+    assert {"metrics.jsonl", "selectors/groups.json", "selectors/u0/adapter_model.safetensors"} <= ours.keys()
+    assert ours == theirs
+    sent = b"".join(left)
+    assert len(sent) > 100_000
+    for row in rows:
+        for text in (row["prompt"], row["output_a"] + " ", f'"{row["output_a"]}"', f'"{row["output_b"]}"'):
+            assert text.encode() not in sent
+            assert zlib.compress(text.encode())[2:-4] not in sent
+    assert b"person-0" in sent  # the names of clients do leave
+    ledger = [json.loads(line) for line in (tmp_path / "ledger-0.jsonl").read_text().splitlines()]
+    assert sum(row["bytes_out"] for row in ledger) == sum(len(one) for one in left) - sum(
+        row["bytes_out"]
+        for k in (1, 2)
+        for row in map(json.loads, (tmp_path / f"ledger-{k}.jsonl").read_text().splitlines())
+    )
+
+
+def test_a_server_without_any_comparison_trains_over_its_sites_and_goes_on_with_the_policy(tmp_path, tiny_model, sites):
+    nodes, _, _ = sites
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"question {i}?\n" for i in range(8)))
+    changes = (*CHANGES, "data.path=[]", f"data.prompts={prompts}", "selectors.keep_every=0")
+    cfg = settings(tmp_path, tiny_model, *changes)
+    run = pipeline.train_selectors(cfg, connect=over(DictGrid(nodes)))
+    assert json.loads((run / "selectors/groups.json").read_text())["adapter_of"].keys() == {
+        f"person-{k}" for k in range(6)
+    }
+    pipeline.run_all(cfg, resume=True)
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["selectors"] is None
+    assert found["policy"]["judges"][0]["name"] == "the selectors' vote"
+
+
+def test_a_site_that_leaves_for_ever_is_named_and_the_others_go_on(tmp_path, tiny_model, sites):
+    nodes, _, _ = sites
+    calls = []
+
+    def leaves(data: bytes) -> bytes | None:
+        calls.append(data)
+        return None if len(calls) > 6 else nodes_before(data)
+
+    nodes_before, nodes[3] = nodes[3], leaves
+    cfg = settings(tmp_path, tiny_model, *CHANGES, "selectors.cohort_size=2", name="there")
+    run = pipeline.train_selectors(cfg, connect=over(DictGrid(nodes), 5.0))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert all(row["metrics"]["num_replies"] > 0 for row in rows)
