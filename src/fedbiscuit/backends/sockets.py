@@ -55,7 +55,10 @@ def ask_at(path: Path, data: bytes, timeout: float) -> bytes:
 def _exactly(connection: socket.socket, size: int) -> bytes | None:
     data = bytearray()
     while len(data) < size:
-        came = connection.recv(min(CHUNK, size - len(data)))
+        try:
+            came = connection.recv(min(CHUNK, size - len(data)))
+        except ConnectionError:
+            return None
         if not came:
             return None
         data += came
