@@ -150,6 +150,8 @@ def _trained_remotely(
 ) -> bool:
     """Train the selectors over Flower where that is asked for."""
     if where != "flower":
+        if deploy is not None:
+            raise ConfigError(f"--deploy {deploy}: only with --backend flower; add it, or leave the folder out")
         return False
     if deploy is None:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import zlib
 
 import pytest
@@ -13,6 +14,7 @@ from tests.flower_grid import DictGrid
 from fedbiscuit import pipeline
 from fedbiscuit.backends.worker import Rules, Worker
 from fedbiscuit.pipeline.site import Site, terms_of
+from fedbiscuit.types import DataError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("flwr") is None,
@@ -83,7 +85,13 @@ def test_a_server_without_any_comparison_trains_over_its_sites_and_goes_on_with_
     assert json.loads((run / "selectors/groups.json").read_text())["adapter_of"].keys() == {
         f"person-{k}" for k in range(6)
     }
+    kept = (run / "selectors/u1/adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "selectors")  # as a crash right behind the last round would leave it
     pipeline.run_all(cfg, resume=True)
+    assert (run / "selectors/u1/adapter_model.safetensors").read_bytes() == kept
+    more = settings(tmp_path, tiny_model, *changes, "selectors.rounds=9", name="more")
+    with pytest.raises(DataError, match=r"data\.path: empty; name the files"):
+        pipeline.train_selectors(more)
     found = json.loads((run / "evaluation.json").read_text())
     assert found["selectors"] is None
     assert found["policy"]["judges"][0]["name"] == "the selectors' vote"

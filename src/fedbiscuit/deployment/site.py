@@ -27,7 +27,7 @@ from fedbiscuit.config import Section, load_settings
 from fedbiscuit.data.check import NO_CLIENT, CheckReport
 from fedbiscuit.data.comparisons import check_files
 from fedbiscuit.rundir.disk import disk_faults, human_bytes, sync_folder, write_all
-from fedbiscuit.rundir.lock import is_held
+from fedbiscuit.rundir.lock import is_held, process_lives
 from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, IntegrityError
 
 __all__ = ["INSTALL", "KEY", "LEDGER", "LOCK", "RUNNING", "SETTINGS", "SiteSettings", "Summary", "check_data"]
@@ -249,19 +249,9 @@ def status_lines(folder: Path) -> Iterator[str]:
 
 
 def _process(pid: int) -> str:
-    if pid and _lives(pid):
+    if pid and process_lives(pid):
         return f"runs (process {pid})"
     return "does not run; it is being started again"
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _clock(seconds: float) -> str:

@@ -10,7 +10,7 @@ from fedbiscuit.backends.devices import Helper, SeveralDevices
 from fedbiscuit.backends.inprocess import InProcessBackend
 from fedbiscuit.models.lm import device_names
 from fedbiscuit.pipeline.session import Session
-from fedbiscuit.types import Backend, ClientData, ClientId, DataError
+from fedbiscuit.types import Backend, ClientData, ClientId
 
 __all__ = ["backend_for", "helpers_for"]
 
@@ -21,8 +21,6 @@ def backend_for(session: Session, clients: Mapping[ClientId, ClientData]) -> Ite
     if session.connect is not None:
         yield session.connect(session)
         return
-    if not clients:
-        raise DataError("data.path: empty; name the files with the comparisons to train on")
     here = InProcessBackend(session.desk, clients)
     with helpers_for(session, "clients", session.cfg.model.device, min(session.devices, len(clients))) as helpers:
         yield SeveralDevices(here, helpers) if helpers else here

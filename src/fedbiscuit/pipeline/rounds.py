@@ -14,7 +14,7 @@ from fedbiscuit.models.cards import baseline_card, reward_card, selector_card
 from fedbiscuit.pipeline.devices import backend_for
 from fedbiscuit.pipeline.scoring import held_out, scores_of
 from fedbiscuit.pipeline.session import Session, resolved
-from fedbiscuit.types import ClientData, ClientId, RoundRecord, ServerState, Weights
+from fedbiscuit.types import ClientData, ClientId, DataError, RoundRecord, ServerState, Weights
 
 __all__ = ["train_all"]
 
@@ -34,11 +34,10 @@ def train_all(session: Session) -> None:
 def _train(session: Session, settings: FederatedSettings, name: str, metrics: str) -> None:
     """Rounds, from the last saved state to the end: run, evaluate when due, log, save, stop early."""
     run, seed = session.run, session.cfg.seed
-    before = run.load_state(name)
-    done = "policy" if settings.local.objective != "choice" and name == "selectors" else name
-    if before is not None and before[0] >= settings.rounds and (run.path / done).is_dir():
-        return
     clients = {"all": pooled(session.clients)} if settings.population == "centralized" else session.clients
+    if not clients and session.connect is None:
+        _take_what_is_trained(session, settings, name, metrics)
+        return
     with backend_for(session, clients) as backend:
         settings = resolved(settings, sorted(backend.clients()), clients)
         found = run.load_state(name)
@@ -70,6 +69,19 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
             session.progress(name, state.round, settings.rounds, _note(row))
     best = run.load_state(f"{name}-best") if settings.patience else None
     _save_adapters(session, settings, state if best is None else _unpacked_state(best[1], best[2]), name)
+
+
+def _take_what_is_trained(session: Session, settings: FederatedSettings, name: str, metrics: str) -> None:
+    """The selectors of the last round, where clients on other machines have trained them: nobody here could go on."""
+    found = session.run.load_state(name)
+    if found is None:
+        raise DataError("data.path: empty; name the files with the comparisons to train on")
+    if found[0] < settings.rounds and not _gave_up(session.run.read_lines(metrics), settings.patience):
+        raise DataError(
+            f"data.path: empty, and {found[0]} of {settings.rounds} rounds are done; go on with --backend flower --deploy FOLDER"
+        )
+    best = session.run.load_state(f"{name}-best") if settings.patience else None
+    _save_adapters(session, settings, _unpacked_state(*(best or found)[1:]), name)
 
 
 def _global(settings: FederatedSettings) -> FederatedSettings:

@@ -16,7 +16,7 @@ from typing import Any
 from fedbiscuit.rundir.disk import disk_fault, write_all
 from fedbiscuit.types import ConfigError, EnvironmentFault
 
-__all__ = ["FolderLock", "is_held"]
+__all__ = ["FolderLock", "is_held", "process_lives"]
 
 
 class FolderLock:
@@ -92,6 +92,11 @@ def is_held(path: Path) -> bool:
         return True
     if holder.get("boot") != _boot_id():
         return False
+    return process_lives(pid)
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this number is there, of whomever."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
