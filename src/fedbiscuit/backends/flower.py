@@ -153,7 +153,5 @@ class FlowerBackend:
             answer = unpack_answer(data)
         except FederationError as error:
             return Answer(error=str(error))
-        held = self._holds.setdefault(node, set())
-        held.update(order.adapters)
-        held.difference_update(answer.lacks)
+        self._holds.setdefault(node, set()).update(order.adapters)  # what it lacks, it is sent once more at once
         return answer
