@@ -27,12 +27,8 @@ PATIENCE = 300.0
 def start(*words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-
-    def hear() -> None:  # whoever starts the tests in the background has us ignore Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     words = (sys.executable, "-m", "fedbiscuit", *words)
-    return subprocess.Popen(words, env=environment, preexec_fn=hear, **pipes)
+    return subprocess.Popen(words, env=environment, **pipes)
 
 
 def wait_for(found: Callable[[], object], *processes: subprocess.Popen[str]) -> None:
