@@ -481,12 +481,16 @@ def show_config(
         cfg, notes = (_settings(config, overrides)[0], ()) if config.is_dir() else load_translated(config, overrides)
         load_template(cfg.data.template)
         told = "".join(f"# {note}\n" for note in notes)
-        print(f"{told}{config}: all settings are fine\n" if check else f"{told}{dump_config(cfg)}", end="")
+        missing = [path for path in cfg.data.path if cfg.data.source == "jsonl" and not Path(path).exists()]
+        absent = "".join(f"note: data.path: {path} is not there yet\n" for path in missing)
+        print(f"{told}{config}: all settings are fine\n{absent}" if check else f"{told}{dump_config(cfg)}", end="")
 
 
 @data_app.command
 def check(
-    *files: Annotated[Path, Parameter(help="files of comparisons (.jsonl or .jsonl.gz)", required=True)],
+    *files: Annotated[
+        Path, Parameter(help="files of comparisons (.jsonl or .jsonl.gz), or configs that name some", required=True)
+    ],
     model: Annotated[
         str, Parameter(help="count lengths in tokens of this model, named as in model.base", show_default=False)
     ] = "",
@@ -498,9 +502,22 @@ def check(
     from fedbiscuit.data.comparisons import check_files
     from fedbiscuit.terminal import clean
 
-    found = check_files(files, count_tokens=_token_counter(model) if model else None)
+    named = [one for file in files for one in _comparisons_of(file)]
+    found = check_files(named, count_tokens=_token_counter(model) if model else None)
     print(clean(found.render()))
     return 0 if found.ok else 2
+
+
+def _comparisons_of(file: Path) -> list[Path]:
+    """A file of comparisons itself; for a config the files that it names."""
+    if file.suffix not in (".yaml", ".yml"):
+        return [file]
+    cfg, _ = _settings(file, ())
+    if cfg.data.source != "jsonl":
+        raise ConfigError(
+            f"{file}: data.source is {cfg.data.source}, and only files of comparisons of your own can be checked"
+        )
+    return [Path(path) for path in cfg.data.path]
 
 
 DeployFolder = Annotated[Path, Parameter(help="the server's deploy folder")]

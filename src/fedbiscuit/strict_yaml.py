@@ -55,7 +55,9 @@ def read_yaml(path: Path) -> Document:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the path of a YAML file, such as configs/demo.yaml") from None
+        raise ConfigError(
+            f"{path}: no such file; give a config, such as configs/demo.yaml, or the folder of a run"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_BYTES:

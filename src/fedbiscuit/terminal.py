@@ -249,7 +249,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: in
     for number, name in enumerate(header):
         table.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
+        table.add_row(*(Text(clean(cell).replace("–", "-")) for cell in row))  # one dash, whoever made the table
     console = Console() if sys.stdout.isatty() else Console(width=1000)
     for line in console.render_lines(table, console.options.update(width=min(console.width - 2, width)), pad=False):
         text = "".join(segment.text for segment in line).rstrip()

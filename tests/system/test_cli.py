@@ -309,6 +309,34 @@ def test_data_check_counts_and_names_broken_lines(tmp_path):
     assert "ann" in shown.stdout
 
 
+def test_data_check_of_a_config_reads_the_files_that_it_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "p", "output_a": "x", "output_b": "y z", "choice": 1, "client": "ann"}
+    Path("a.jsonl").write_text(json.dumps(row) + "\n")
+    Path("my.yaml").write_text("data: {path: a.jsonl}\n")
+    assert cli.main(["data", "check", "my.yaml"]) == 0
+    assert capsys.readouterr().out.startswith("a.jsonl: ")
+    Path("my.yaml").write_text("data: {source: demo}\n")
+    assert cli.main(["data", "check", "my.yaml"]) == 2
+    assert "my.yaml: data.source is demo" in capsys.readouterr().err
+
+
+def test_config_check_says_when_a_file_of_comparisons_is_not_there_yet(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text("data: {path: a.jsonl}\n")
+    assert cli.main(["config", "my.yaml", "--check"]) == 0
+    assert capsys.readouterr().out == "my.yaml: all settings are fine\nnote: data.path: a.jsonl is not there yet\n"
+
+
+def test_a_run_that_does_not_exist_is_told_from_a_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", "runs/mine"]) == 2
+    assert (
+        "runs/mine: no such file; give a config, such as configs/demo.yaml, or the folder of a run"
+        in capsys.readouterr().err
+    )
+
+
 # ways out
 
 

@@ -53,7 +53,9 @@ class Session:
     def lm_of(self, settings: ModelSettings, scores: bool = False) -> LM:
         """The LM of these settings, loaded once; ``scores``: with a head for a reward model."""
         if (settings, scores) not in self.models:
+            self.progress("loading", 0, 1, settings.base)
             self.models[settings, scores] = load_lm(settings, scores)
+            self.progress("loading", 1, 1, settings.base)
         return self.models[settings, scores]
 
     @property
