@@ -177,7 +177,7 @@ def full(value: float, shape=(2, 3), dtype=torch.float32) -> torch.Tensor:
                      id="test_fault_77_flood"),
     ],
 )  # fmt: skip
-def test_faults_63_to_77_over_the_wire_cost_the_reply_of_one_client(tmp_path, change, told):
+def test_fault_63_to_77_over_the_wire_cost_the_reply_of_one_client(tmp_path, change, told):
     assert told in refused(tmp_path, change)
 
 
