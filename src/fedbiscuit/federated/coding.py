@@ -20,10 +20,8 @@ SCALES = "scales"
 """int8: the tensor that holds all scales of an adapter, one for each of its rank's directions, in the order of names."""
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 MOST = 127
-SPARE = 0xFF
-"""Last bits of a scale that stay zero, so that it times -127..127 is exact."""
 TINY = 2.0**-100
-"""Smaller scales are zero: there floats are too few for exact products."""
+"""Smaller scales are zero: near the end of its range a float has too few bits to be one."""
 
 
 def coded(weights: Weights, comm_dtype: str) -> Weights:
@@ -74,11 +72,13 @@ def _scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _scale(tensor: Tensor) -> Tensor:
-    """A 127th of the largest value, rounded up to fewer bits; zero where all are zero, not finite where one is not."""
+    """A 127th of the largest value; zero where all are zero, not finite where one is not.
+
+    Of 127 times that number a 127th is the same float, whatever the number: so decoded values have the same scale again.
+    """
     shared = [axis for axis, size in enumerate(_scale_shape(tensor.shape)) if size == 1]
     largest = tensor.to(torch.float32).abs().amax(shared, keepdim=True) / MOST
-    up = ((largest.view(torch.int32) + SPARE) & ~SPARE).view(torch.float32)
-    return torch.where(largest.isfinite(), torch.where(largest < TINY, 0.0, up), largest)
+    return torch.where(largest < TINY, 0.0, largest)
 
 
 def _whole(tensor: Tensor, scale: Tensor) -> Tensor:
