@@ -277,6 +277,10 @@ class FederatedSettings(Section):
         "average",
         description="freeze_a: A is fixed and shared, only B is trained and sent (exact average, half the bytes)",
     )
+    comm_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32",
+        description="type of adapters and their changes while they travel: bfloat16 half, int8 about a quarter of the bytes",
+    )
     min_replies: Count = Field(1, description="with fewer, the round is repeated with another cohort")
     max_attempts: Count = Field(5, description="cohorts tried for one round before the run stops")
     population: Literal["federated", "centralized", "local"] = Field(

@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "Grouping",
     "IntegrityError",
     "LocalTraining",
+    "Metered",
     "Reply",
     "RoundRecord",
     "ServerState",
@@ -183,7 +184,8 @@ class Task:
 class Reply:
     """Client to server. This, and nothing else, leaves a client.
 
-    ``delta`` is end minus start of the adapter that was trained. ``metrics`` is empty unless the task asked for losses.
+    ``delta`` is end minus start of the adapter that was trained, as it travels (``comm_dtype``). ``metrics`` is empty unless
+    the task asked for losses. ``unreadable`` does not travel: whoever received it could make nothing of it.
     """
 
     client: ClientId
@@ -194,6 +196,7 @@ class Reply:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     ok: bool = True
     error: str = ""
+    unreadable: bool = False
 
 
 class Backend(Protocol):
@@ -211,6 +214,14 @@ class Backend(Protocol):
         """One reply a task; a client that fails gives ``Reply(ok=False, error=...)``."""
 
 
+@runtime_checkable
+class Metered(Protocol):
+    """A backend that counts the bytes which really travel, headers included; both only grow."""
+
+    bytes_down: int
+    bytes_up: int
+
+
 @dataclass(frozen=True, slots=True)
 class ServerState:
     """All that the server carries from round to round: saving it is resuming."""
@@ -226,7 +237,11 @@ class ServerState:
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """What happened in one round: a line of ``metrics.jsonl``."""
+    """What happened in one round: a line of ``metrics.jsonl``.
+
+    bytes_up, bytes_down: what travelled; with all clients in one process, the tensors as they would. quarantined: those of
+    ``refused`` who did answer, with something that is not let in.
+    """
 
     round: int
     phase: Literal["warmup", "federated"]
@@ -239,6 +254,7 @@ class RoundRecord:
     seconds: float
     bytes_up: int
     bytes_down: int
+    quarantined: tuple[ClientId, ...] = ()
 
 
 # Randomness: every draw is a stateless function of what it is for, so nothing random is ever saved.

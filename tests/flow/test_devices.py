@@ -60,6 +60,14 @@ def test_a_run_over_two_processes_equals_one_in_one_process(tmp_path, tiny_model
     assert found == contents(one)
 
 
+def test_int8_is_rounded_alike_in_every_process(tmp_path, tiny_model, helpers):
+    changes = ("selectors.comm_dtype=int8", "evaluation.compare_global=false", "selectors.rounds=3")
+    one = pipeline.train_selectors(settings(tmp_path, tiny_model, *changes, name="one"))
+    two = pipeline.train_selectors(settings(tmp_path, tiny_model, *changes, name="two"), devices=2)
+    assert len(helpers) == 1
+    assert contents(two) == contents(one)
+
+
 def test_a_helper_does_its_part_and_when_it_is_killed_the_run_stops_and_can_go_on(
     tmp_path, tiny_model, helpers, monkeypatch
 ):

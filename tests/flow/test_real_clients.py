@@ -8,7 +8,7 @@ import shutil
 import zlib
 
 import pytest
-from tests.flow.test_run import digests, settings, write_world
+from tests.flow.test_run import digests, lines, settings, without_traffic, write_world
 from tests.flower_grid import DictGrid
 
 from fedbiscuit import pipeline
@@ -56,10 +56,18 @@ def test_a_federation_over_three_sites_has_the_bits_of_the_one_in_process_and_no
     nodes, left, rows = sites
     here = pipeline.train_selectors(settings(tmp_path, tiny_model, *CHANGES, name="here"))
     cfg = settings(tmp_path, tiny_model, *CHANGES, name="there")
-    there = pipeline.train_selectors(cfg, connect=over(DictGrid(nodes)))
-    ours, theirs = digests(here), digests(there)
-    assert {"metrics.jsonl", "selectors/groups.json", "selectors/u0/adapter_model.safetensors"} <= ours.keys()
-    assert ours == theirs
+    grid = DictGrid(nodes)
+    there = pipeline.train_selectors(cfg, connect=over(grid))
+    assert {"metrics.jsonl", "selectors/groups.json", "selectors/u0/adapter_model.safetensors"} <= digests(here).keys()
+    assert without_traffic(here) == without_traffic(there)
+    ours, theirs = lines(here / "metrics.jsonl"), lines(there / "metrics.jsonl")
+    assert all(mine["bytes_up"] < its["bytes_up"] for mine, its in zip(ours, theirs, strict=True))  # headers
+    asked = (
+        sum(len(data) for _, data in grid.seen[:3]),
+        sum(len(one) for one in left[:3]),
+    )  # who is there, before round 0
+    assert sum(row["bytes_down"] for row in theirs) == sum(len(data) for _, data in grid.seen) - asked[0]
+    assert sum(row["bytes_up"] for row in theirs) == sum(len(one) for one in left) - asked[1]
     sent = b"".join(left)
     assert len(sent) > 100_000
     for row in rows:
@@ -73,6 +81,23 @@ def test_a_federation_over_three_sites_has_the_bits_of_the_one_in_process_and_no
         for k in (1, 2)
         for row in map(json.loads, (tmp_path / f"ledger-{k}.jsonl").read_text().splitlines())
     )
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_smaller_messages_give_the_same_bits_over_sites_as_in_process_and_need_fewer_bytes(
+    tmp_path, tiny_model, sites, kind
+):
+    changes = (*CHANGES, f"selectors.comm_dtype={kind}")
+    here = pipeline.train_selectors(settings(tmp_path, tiny_model, *changes, name="here"))
+    cfg = settings(tmp_path, tiny_model, *changes, name="there")
+    there = pipeline.train_selectors(cfg, connect=over(DictGrid(sites[0])))
+    assert without_traffic(here) == without_traffic(there)
+    whole = settings(tmp_path, tiny_model, *CHANGES, "selectors.rounds=3", name="whole")
+    first = lines(pipeline.train_selectors(whole) / "metrics.jsonl")[0]
+    mine = lines(here / "metrics.jsonl")[0]
+    least, most = {"bfloat16": (0.5, 0.5), "int8": (0.25, 0.3)}[kind]
+    for key in ("bytes_up", "bytes_down"):
+        assert least * first[key] <= mine[key] <= most * first[key]
 
 
 def test_a_server_without_any_comparison_trains_over_its_sites_and_goes_on_with_the_policy(tmp_path, tiny_model, sites):

@@ -74,6 +74,13 @@ def digests(run: Path) -> dict[str, str]:
     }
 
 
+def without_traffic(run: Path) -> tuple[dict[str, str], list[dict]]:
+    """The same and the rounds, but for the bytes that travelled, in which a run over a network differs from one in process."""
+    files = digests(run)
+    del files["metrics.jsonl"]
+    return files, [{**row, "bytes_up": 0, "bytes_down": 0} for row in lines(run / "metrics.jsonl")]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model):
     """A finished run: its folder and its settings."""

@@ -94,9 +94,11 @@ def test_the_adapters_of_a_task_itself_do_not_travel_with_it():
 
 
 def test_an_answer_comes_out_as_it_went_in():
-    answer = Answer(["ann", "bö"], [Reply("ann", 0, WEIGHTS, 4), Reply("bö", ok=False, error="no")], [OTHER], "why")
+    answer = Answer(
+        ["ann", "bö"], [Reply("ann", 0, WEIGHTS, 4), Reply("bö", ok=False, error="no")], [OTHER], "why", DIGEST
+    )
     found = unpack_answer(pack_answer(answer))
-    assert (found.clients, found.lacks, found.error) == (answer.clients, answer.lacks, answer.error)
+    assert (found.clients, found.lacks, found.error, found.order) == (answer.clients, answer.lacks, "why", DIGEST)
     assert torch.equal(found.replies[0].delta["a"], WEIGHTS["a"])
     assert found.replies[1] == answer.replies[1]
 
@@ -177,13 +179,24 @@ def test_an_order_that_is_none_is_refused_with_words(data, told):
         (answer_with(clients=["x" * 1001]), "clients: .* at most 1000 characters"),
         (answer_with(lacks=["x"]), "lacks: 'x' is not a digest"),
         (answer_with(error=None), "error: None is not a text"),
-        (answer_with() + joined(b"x"), "not one of ours"),
+        (answer_with(order=7), "order: 7 is not a text"),
+        (joined(b'{"clients":[],"lacks":[],"lacks":[],"error":"","order":""}'), "not one of ours"),
+        (joined(b'{"clients":[],"lacks":NaN,"error":"","order":""}'), "not one of ours"),
     ],
 )
 def test_an_answer_that_is_none_is_refused_with_words(data, told):
     unpack_answer(answer_with())
     with pytest.raises(FederationError, match=told):
         unpack_answer(data)
+
+
+def test_a_reply_that_cannot_be_read_is_lost_alone():
+    header, *rest = parts_of(pack_answer(Answer(["ann"], [Reply("ann"), Reply("bo", 0, WEIGHTS, 4)])))
+    found = unpack_answer(joined(header, rest[0], b"x", rest[1]))
+    assert [(reply.client, reply.ok, reply.unreadable) for reply in found.replies] == [
+        ("ann", True, False), ("", False, True), ("bo", True, False),
+    ]  # fmt: skip
+    assert found.replies[1].error.startswith("message: not one of ours")
 
 
 def test_sizes_have_limits(monkeypatch):

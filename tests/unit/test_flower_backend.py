@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tests.flower_grid import DictGrid
 
-from fedbiscuit.backends.bundle import Answer, pack_answer, unpack_order
+from fedbiscuit.backends.bundle import Answer, digest_of, pack_answer, unpack_order
 from fedbiscuit.backends.worker import Rules, TakingPart, Worker
 from fedbiscuit.types import LocalTraining, Reply, Task
 
@@ -50,6 +51,11 @@ def backend(grid, timeout: float = 0.3, names=None, said=None):
 
 def training(client: str, adapters) -> Task:
     return Task("train", client, 2, adapters, local=LocalTraining())
+
+
+def answering(order: bytes, answer: Answer) -> bytes:
+    """An answer to this order."""
+    return pack_answer(replace(answer, order=digest_of(order)))
 
 
 ADAPTERS = {0: {"a": torch.tensor([1.0, 2.0])}}
@@ -104,15 +110,15 @@ def test_who_does_not_answer_in_time_is_a_failed_reply_and_the_others_are_not_lo
         (b"", "message: not one of ours"),
         (b"\x07", "message: cut off, or not one of ours"),
         (b"\x03\0\0\0\0\0\0\0abc", "message: not one of ours"),
-        (pack_answer(Answer(["ann"], error="our rules say no")), "our rules say no"),
-        (pack_answer(Answer(["ann"], lacks=["f" * 64])), "it keeps no adapters"),
+        (Answer(["ann"], error="our rules say no"), "our rules say no"),
+        (Answer(["ann"], lacks=["f" * 64]), "it keeps no adapters"),
     ],
 )
 def test_an_answer_that_cannot_be_used_is_a_failed_reply_of_each_client_there(tmp_path, answer, told):
     grid = DictGrid({1: worker(tmp_path, Echo("ann", "bo")).answer})
     there = backend(grid)
     there.clients()
-    grid.nodes[1] = lambda data: answer
+    grid.nodes[1] = lambda data: answer if isinstance(answer, bytes) else answering(data, answer)
     replies = there.run([training("ann", ADAPTERS), training("bo", ADAPTERS)])
     assert [reply.client for reply in replies] == ["ann", "bo"]
     assert all(not reply.ok and told in reply.error for reply in replies)
@@ -129,13 +135,11 @@ def test_a_worker_that_is_not_there_is_a_failed_reply_with_the_reason_of_the_sit
 
 
 def test_replies_for_clients_of_another_node_are_dropped(tmp_path):
-    forged = pack_answer(
-        Answer(["ann"], [Reply("cy", 0, {"a": torch.zeros(2)}), Reply("ann", 0, {"a": torch.ones(2)})])
-    )
+    forged = Answer(["ann"], [Reply("cy", 0, {"a": torch.zeros(2)}), Reply("ann", 0, {"a": torch.ones(2)})])
     grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer, 2: worker(tmp_path, Echo("cy")).answer})
     there = backend(grid)
     there.clients()
-    grid.nodes[1] = lambda data: forged
+    grid.nodes[1] = lambda data: answering(data, forged)
     replies = there.run([training("ann", ADAPTERS), training("cy", ADAPTERS)])
     assert sorted(reply.client for reply in replies) == ["ann", "cy"]
     assert torch.equal(next(r for r in replies if r.client == "cy").delta["a"], torch.tensor([2.0, 3.0]))

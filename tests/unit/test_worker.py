@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedbiscuit.backends import sockets, worker
-from fedbiscuit.backends.bundle import Answer, Order, pack_answer, pack_order, packed_adapter, unpack_answer
+from fedbiscuit.backends.bundle import Answer, Order, digest_of, pack_answer, pack_order, packed_adapter, unpack_answer
 from fedbiscuit.backends.sockets import ask_at, receive, send
 from fedbiscuit.backends.worker import Rules, TakingPart, Worker, serve_at, told_outside
 from fedbiscuit.types import (
@@ -84,7 +85,10 @@ class World:
             wanted = [{0: DIGEST} if task.kind != "seat" else {} for task in tasks]
         if adapters is None:
             adapters = {DIGEST: PACKED} if any(wanted) else {}
-        return unpack_answer(self.worker.answer(pack_order(Order(run, terms, tasks, wanted, adapters))))
+        order = pack_order(Order(run, terms, tasks, wanted, adapters))
+        answer = unpack_answer(self.worker.answer(order))
+        assert not answer.order or answer.order == digest_of(order)
+        return replace(answer, order="")
 
     def rows(self) -> list[dict]:
         return [json.loads(line) for line in self.ledger.read_text().splitlines()]
@@ -261,7 +265,7 @@ def test_what_goes_wrong_is_told_without_the_sites_own_texts(world, caplog, erro
 
 
 def test_a_message_that_is_no_order_is_answered_and_noted(world):
-    answer = unpack_answer(world.worker.answer(b"\x01" * 30))
+    answer = replace(unpack_answer(world.worker.answer(b"\x01" * 30)), order="")
     assert answer == nothing_done(error="message: cut off, or not one of ours")
     (row,) = world.rows()
     assert (row["run"], row["error"], row["bytes_in"]) == ("", answer.error, 30)

@@ -14,9 +14,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedbiscuit.backends.wire import MAX_BYTES, pack, pack_reply, pack_task, unpack, unpack_reply, unpack_task
+from fedbiscuit.rundir.values import strict_json
 from fedbiscuit.types import FederationError, Reply, Task, Weights
 
-__all__ = ["Answer", "Order", "pack_answer", "pack_order", "packed_adapter", "unpack_answer", "unpack_order"]
+__all__ = [
+    "Answer",
+    "Order",
+    "digest_of",
+    "pack_answer",
+    "pack_order",
+    "packed_adapter",
+    "unpack_answer",
+    "unpack_order",
+]
 
 MAX_PARTS = 100_000
 MAX_HEADER = 2**24
@@ -25,7 +35,7 @@ MAX_TERMS = 2**20
 MAX_CLIENT = 1000
 DIGEST = re.compile("[0-9a-f]{64}")
 ORDER = {"run", "terms", "adapters", "wanted"}
-ANSWER = {"clients", "lacks", "error"}
+ANSWER = {"clients", "lacks", "error", "order"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +54,31 @@ class Order:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Site to server. clients: who can be asked there. lacks: digests of adapters to send again, in which case nothing was
-    done. error: why the site takes no part in this run; empty where it does.
+    done. error: why the site takes no part in this run; empty where it does. order: digest of the order that is answered, so
+    that an old answer is not taken for a new one. A reply that could not be read has no client; its place says whose it is.
     """
 
     clients: Sequence[str] = ()
     replies: Sequence[Reply] = ()
     lacks: Sequence[str] = ()
     error: str = ""
+    order: str = ""
+
+
+def digest_of(data: bytes) -> str:
+    """What a part of a message is called: an adapter, or the order that an answer answers."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def packed_adapter(weights: Weights) -> tuple[str, bytes]:
     """An adapter as it travels, and its digest."""
     data = pack({}, weights)
-    return hashlib.sha256(data).hexdigest(), data
+    return digest_of(data), data
 
 
 def opened_adapter(digest: str, data: bytes) -> Weights:
     """The adapter in a part of a message; ``FederationError`` where it is not the one that was named."""
-    if hashlib.sha256(data).hexdigest() != digest:
+    if digest_of(data) != digest:
         raise FederationError(f"message: an adapter is not the one that it is called ({digest[:12]})")
     return unpack(data, set())[1]
 
@@ -97,7 +114,12 @@ def unpack_order(data: bytes) -> Order:
 
 def pack_answer(answer: Answer) -> bytes:
     """An answer as bytes."""
-    header = {"clients": list(answer.clients), "lacks": list(answer.lacks), "error": answer.error}
+    header = {
+        "clients": list(answer.clients),
+        "lacks": list(answer.lacks),
+        "error": answer.error,
+        "order": answer.order,
+    }
     return _joined([_json(header), *map(pack_reply, answer.replies)])
 
 
@@ -106,7 +128,16 @@ def unpack_answer(data: bytes) -> Answer:
     header, parts = _opened(data, ANSWER)
     clients = [_text(one, "clients", MAX_CLIENT) for one in _list(header, "clients")]
     lacks = [_digest(one, "lacks") for one in _list(header, "lacks")]
-    return Answer(clients, [unpack_reply(part) for part in parts], lacks, _text(header["error"], "error"))
+    error, order = _text(header["error"], "error"), _text(header["order"], "order", MAX_NAME)
+    return Answer(clients, [_reply(part) for part in parts], lacks, error, order)
+
+
+def _reply(part: bytes) -> Reply:
+    """One reply of many: where it cannot be read, only this one is lost."""
+    try:
+        return unpack_reply(part)
+    except FederationError as error:
+        return Reply("", ok=False, error=str(error), unreadable=True)
 
 
 def _joined(parts: Sequence[bytes]) -> bytes:
@@ -128,7 +159,7 @@ def _opened(data: bytes, keys: set[str]) -> tuple[dict[str, Any], list[bytes]]:
     if parts and len(parts[0]) > MAX_HEADER:
         raise FederationError(f"message: a header of {len(parts[0])} bytes; at most {MAX_HEADER} are read")
     try:
-        header = json.loads(parts[0])
+        header = strict_json(parts[0])
     except (IndexError, ValueError, RecursionError):
         raise FederationError("message: not one of ours") from None
     if not isinstance(header, dict) or header.keys() != keys:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedbiscuit.federated.coding import coded, decoded
 from fedbiscuit.federated.grouping import choose_seat
 from fedbiscuit.models.losses import margin_nats
 from fedbiscuit.models.policy import Pair, encode_pair, pair_dpo_loss, pair_sft_loss, reference_log_probs
 from fedbiscuit.models.selector import Selector, letter_margins, selector_loss
 from fedbiscuit.models.training import make_optimizer, stream, train
-from fedbiscuit.types import ClientData, Comparison, FederationError, LocalTraining, Reply, Task, Weights
+from fedbiscuit.types import ClientData, Comparison, FederationError, LocalTraining, Reply, Task
 
 __all__ = ["Desk", "Memory", "answer", "policy_pair"]
 
@@ -38,6 +39,8 @@ class Desk:
     batch_size: int = 16
     grouping_comparisons: int = 0
     """Score adapters on so many comparisons, training ones where there are fewer to validate on; 0: all to validate on."""
+    comm_dtype: str = "float32"
+    """What type tensors have while they travel."""
 
 
 @dataclass(slots=True)
@@ -64,10 +67,11 @@ def answer(task: Task, data: ClientData, desk: Desk, memory: Memory) -> Reply:
 
 
 def _train(task: Task, data: ClientData, desk: Desk) -> Reply:
-    """Local steps from the server's adapter; the reply is end minus start."""
+    """Local steps from the server's adapter as it was received; the reply is end minus that start."""
     if task.local is None or len(task.adapters) != 1:
         raise FederationError("a train task needs its local settings and exactly one adapter")
-    (u, start), how, lm = *task.adapters.items(), task.local, desk.selector.lm
+    (u, received), how, lm = *task.adapters.items(), task.local, desk.selector.lm
+    start = decoded(received, desk.comm_dtype)
     lm.put_adapter(start)
     parameters = lm.trainable(desk.freeze_a)
     size, per_step = how.batch_size, how.batch_size * how.grad_accum
@@ -83,7 +87,7 @@ def _train(task: Task, data: ClientData, desk: Desk) -> Reply:
     for _ in train(lm, batches, loss, how, (desk.seed, task.round, task.client, "dropout"), optimizer):
         pass
     end = lm.adapter()
-    delta: Weights = {name: end[name] - start[name] for name in parameters}
+    delta = coded({name: end[name] - start[name] for name in parameters}, desk.comm_dtype)
     return Reply(task.client, adapter=u, delta=delta, num_examples=min(how.comparisons_per_round, len(data.train)))
 
 
@@ -129,7 +133,7 @@ def _losses(task: Task, data: ClientData, desk: Desk) -> list[float]:
     if not scored:
         raise FederationError("no validation comparisons to score adapters on; it keeps its seat")
     encoded, _ = desk.selector.encode(scored)
-    adapters = [task.adapters[u] for u in sorted(task.adapters)]
+    adapters = [decoded(task.adapters[u], desk.comm_dtype) for u in sorted(task.adapters)]
     margins = letter_margins(desk.selector, adapters, encoded, desk.batch_size, keep=True)
     choices = torch.tensor([item.choice for item in encoded])
     return [float(margin_nats(margin, choices).mean()) for margin in margins]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedbiscuit.backends.bundle import Answer, Order, pack_order, packed_adapter, unpack_answer
+from fedbiscuit.backends.bundle import Answer, Order, digest_of, pack_order, packed_adapter, unpack_answer
 from fedbiscuit.backends.flower_messages import message_bytes, record_of
 from fedbiscuit.types import ClientId, FederationError, Reply, Task
 
@@ -111,7 +111,9 @@ class FlowerBackend:
         why = answer.error or ("it keeps no adapters" if answer.lacks else "")
         if why:
             return [Reply(client, ok=False, error=why) for client in clients]
-        return [reply for reply in answer.replies if self._node_of.get(reply.client) == node]
+        whose = [*clients, *[""] * len(answer.replies)]
+        named = [replace(reply, client=reply.client or whose[i]) for i, reply in enumerate(answer.replies)]
+        return [reply for reply in named if self._node_of.get(reply.client) == node]
 
     def _permitted(self, node: int, clients: Sequence[str]) -> list[str]:
         """The names that a node may offer."""
@@ -127,8 +129,10 @@ class FlowerBackend:
         if not orders:
             return {}
         messages = []
+        digests = {}
         for node, order in orders.items():
             data = pack_order(order)
+            digests[node] = digest_of(data)
             self.bytes_down += len(data)
             messages.append(Message(record_of(data), node, "query", ttl=self._timeout))
         answers = {node: Answer(error=f"no answer within {self._timeout:g} seconds") for node in orders}
@@ -140,18 +144,20 @@ class FlowerBackend:
                 asked = message.metadata.reply_to_message_id
                 if asked in waiting:
                     node = waiting.pop(asked)
-                    answers[node] = self._read(node, orders[node], message)
+                    answers[node] = self._read(node, orders[node], digests[node], message)
             pause = POLL if came else min(pause * 1.3, 10 * POLL)
             if waiting:
                 time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
         return answers
 
-    def _read(self, node: int, order: Order, message: Message) -> Answer:
+    def _read(self, node: int, order: Order, digest: str, message: Message) -> Answer:
         try:
             data = message_bytes(message)
             self.bytes_up += len(data)
             answer = unpack_answer(data)
         except FederationError as error:
             return Answer(error=str(error))
+        if answer.order != digest and not answer.error:
+            return Answer(error="it answers another order than the one that it was sent")
         self._holds.setdefault(node, set()).update(order.adapters)  # what it lacks, it is sent once more at once
         return answer

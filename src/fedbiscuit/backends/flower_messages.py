@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedbiscuit.backends.sockets import MAX_BYTES
 from fedbiscuit.types import FederationError
 
 __all__ = ["failure_of", "message_bytes", "record_of"]
 
+BYTES = "fedbiscuit.bytes"
+"""How the array in a message is written: its data as they are. numpy's way has a header that can announce any size, and
+opens archives.
+"""
+
 
 def record_of(data: bytes) -> RecordDict:
     """Bytes as the content of a message: one array, because many small ones are slow."""
-    return RecordDict({"data": ArrayRecord({"bytes": Array(np.frombuffer(data, np.uint8))})})
+    return RecordDict({"data": ArrayRecord({"bytes": Array("uint8", (len(data),), BYTES, data)})})
 
 
 def message_bytes(message: Message) -> bytes:
@@ -25,7 +30,12 @@ def message_bytes(message: Message) -> bytes:
         raise FederationError(str(record.get("error", "no reason"))[:500])
     if not isinstance(record, ArrayRecord) or "bytes" not in record:
         raise FederationError("message: not one of ours; do both sides run the same version?")
-    return record["bytes"].numpy().astype(np.uint8, copy=False).tobytes()
+    array = record["bytes"]
+    if array.stype != BYTES:
+        raise FederationError("message: not one of ours; do both sides run the same version?")
+    if len(array.data) > MAX_BYTES:
+        raise FederationError(f"message: {len(array.data)} bytes; at most {MAX_BYTES} are read")
+    return array.data
 
 
 def failure_of(why: str) -> RecordDict:

@@ -18,12 +18,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedbiscuit.backends.sockets import MAX_BYTES
+from fedbiscuit.rundir.values import strict_json
 from fedbiscuit.types import FederationError, LocalTraining, Reply, Task, Weights
 
 __all__ = ["MAX_BYTES", "pack", "pack_reply", "pack_task", "unpack", "unpack_reply", "unpack_task"]
 
 MAX_HEADER = 2**24
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 KEY = "fedbiscuit"
 REPLY_KEYS = {"client", "adapter", "num_examples", "seat", "metrics", "ok", "error"}
 TASK_KEYS = {"kind", "client", "round", "prices", "local", "consumed", "share_losses", "adapters"}
@@ -108,10 +109,10 @@ def unpack(data: bytes, keys: set[str]) -> tuple[dict[str, Any], dict[str, Tenso
         size = int.from_bytes(data[:8], "little")
         if len(data) < 8 or size > min(MAX_HEADER, len(data) - 8):
             raise ValueError(f"a header of {size} bytes in {len(data)}")
-        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-        header = json.loads(metadata[KEY])
+        metadata = strict_json(data[8 : 8 + size])["__metadata__"]
+        header = strict_json(metadata[KEY].encode())
         tensors = load(data)
-    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise FederationError(f"message: not one of ours: {error!s:.200}") from None
     if not isinstance(header, dict) or header.keys() != keys:
         raise FederationError("message: its header is not one of ours; do both sides run the same version?")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from fedbiscuit.backends.bundle import Answer, Order, opened_adapter, pack_answer, unpack_order
+from fedbiscuit.backends.bundle import Answer, Order, digest_of, opened_adapter, pack_answer, unpack_order
 from fedbiscuit.backends.inprocess import InProcessBackend
 from fedbiscuit.backends.sockets import receive, send
 from fedbiscuit.rundir.disk import write_all
@@ -112,7 +112,7 @@ class Worker:
         except Exception as error:  # whatever it is, the server is told that there is no answer, and the site why
             log.debug("an order failed", exc_info=True)
             answer = Answer(error=told_outside(error))
-        packed = pack_answer(answer)
+        packed = pack_answer(replace(answer, order=digest_of(data)))
         try:
             self._note(order, answer, len(data), len(packed))
         except OSError as error:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from fedbiscuit.config import FederatedSettings, least_replies
 from fedbiscuit.federated.aggregation import Pool, clip_limit, server_step
+from fedbiscuit.federated.coding import coded, decoded
 from fedbiscuit.federated.exchange import Exchange, Lent
 from fedbiscuit.federated.grouping import group_sizes, seat_clients, seat_newcomers
 from fedbiscuit.federated.privacy import check_reply, delta_norm
@@ -78,6 +79,7 @@ def fedbiscuit_round(
         seconds=time.perf_counter() - started,
         bytes_up=exchange.bytes_up,
         bytes_down=exchange.bytes_down,
+        quarantined=tuple(sorted(exchange.quarantined)),
     )
 
 
@@ -179,7 +181,9 @@ def _train(
     exchange: Exchange, state: ServerState, adapter_of: Mapping[ClientId, int], cfg: FederatedSettings
 ) -> dict[int, Pool]:
     local = local_training(state.round, cfg)
-    lent = {u: Lent({u: state.adapters[u]}) for u in set(adapter_of.values())}
+    trained = sorted(set(adapter_of.values()))
+    lent = {u: Lent({u: state.adapters[u]}, cfg.comm_dtype) for u in trained}
+    expected = {u: coded(trained_part(state.adapters[u], cfg), cfg.comm_dtype) for u in trained}
     tasks = [
         Task("train", client, state.round, lent[u], local=local, consumed=state.consumed.get(client, 0))
         for client, u in adapter_of.items()
@@ -189,11 +193,12 @@ def _train(
         u = adapter_of[task.client]
         if reply.adapter != u:
             return f"it trained adapter {ascii(reply.adapter)[:40]} where {u} was asked for"
-        return check_reply(reply, trained_part(state.adapters[u], cfg), local.comparisons_per_round)
+        return check_reply(reply, expected[u], local.comparisons_per_round, cfg.comm_dtype)
 
     pools: dict[int, Pool] = {}
     for reply in exchange.stream(tasks, check):
-        pools.setdefault(adapter_of[reply.client], Pool(cfg)).add(reply)
+        delta = decoded(reply.delta or {}, cfg.comm_dtype)
+        pools.setdefault(adapter_of[reply.client], Pool(cfg)).add(replace(reply, delta=delta))
     return dict(sorted(pools.items()))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedbiscuit.types import Backend, ClientId, FederationError, Reply, Task, Weights, num_bytes
+from fedbiscuit.federated.coding import coded
+from fedbiscuit.types import Backend, ClientId, FederationError, Metered, Reply, Task, Weights, num_bytes
 
 __all__ = ["Check", "Exchange", "Lent"]
 
@@ -18,14 +19,14 @@ Check = Callable[[Task, Reply], str | None]
 
 
 class Lent(Mapping[int, Weights]):
-    """Some adapters of the server, to be read by clients: every look gives fresh copies.
+    """Some adapters of the server as they travel (``coding.py``), to be read by clients: every look gives fresh copies.
 
     So a backend may train in the very tensors it was handed, and neither the server nor the next client sees it.
     """
 
-    def __init__(self, adapters: Mapping[int, Weights]) -> None:
-        self._adapters = adapters
-        self.num_bytes = sum(num_bytes(weights) for weights in adapters.values())
+    def __init__(self, adapters: Mapping[int, Weights], comm_dtype: str = "float32") -> None:
+        self._adapters = {u: coded(weights, comm_dtype) for u, weights in adapters.items()}
+        self.num_bytes = sum(num_bytes(weights) for weights in self._adapters.values())
 
     def __getitem__(self, u: int) -> Weights:
         return {name: tensor.detach().clone() for name, tensor in self._adapters[u].items()}
@@ -41,15 +42,27 @@ class Exchange:
     """All the talk with clients in one round, over one backend.
 
     ``clients`` are those that can be asked, sorted. ``refused`` maps a client to why its last unusable reply was
-    refused. ``bytes_down`` and ``bytes_up`` count tensor data, server to clients and back.
+    refused, ``quarantined`` are those of them who sent something. ``bytes_down`` and ``bytes_up``, server to clients and
+    back: what really travelled where the backend knows it, else the data of all tensors as they would travel.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._meter = backend if isinstance(backend, Metered) else _Meter()
+        self._before = self._meter.bytes_down, self._meter.bytes_up
         self.clients = _named_once(backend.clients())
         self.refused: dict[ClientId, str] = {}
-        self.bytes_down = 0
-        self.bytes_up = 0
+        self.quarantined: set[ClientId] = set()
+
+    @property
+    def bytes_down(self) -> int:
+        """Server to clients, so far in this round."""
+        return self._meter.bytes_down - self._before[0]
+
+    @property
+    def bytes_up(self) -> int:
+        """Clients to server, so far in this round."""
+        return self._meter.bytes_up - self._before[1]
 
     def ask(self, tasks: Sequence[Task], check: Check) -> dict[ClientId, Reply]:
         """The replies that can be used, by client and sorted by client, in whatever order they arrived."""
@@ -63,9 +76,9 @@ class Exchange:
             yield from self._ask(ordered[start : start + size], check).values()
 
     def _ask(self, tasks: Sequence[Task], check: Check) -> dict[ClientId, Reply]:
-        self.bytes_down += sum(task.adapters.num_bytes for task in tasks if isinstance(task.adapters, Lent))
         answers = _by_client(self._backend.run(tasks))
-        self.bytes_up += sum(_delta_bytes(reply) for replies in answers.values() for reply in replies)
+        if isinstance(self._meter, _Meter):
+            self._meter.count(tasks, answers)
         task_of = {task.client: task for task in tasks}
         accepted = {}
         for client in sorted(task_of | answers):
@@ -75,7 +88,22 @@ class Exchange:
                 accepted[client] = replies[0]
             else:
                 self.refused[client] = reason
+                self.quarantined.discard(client)
+                if any(reply.ok or reply.unreadable for reply in replies):
+                    self.quarantined.add(client)
         return accepted
+
+
+class _Meter:
+    """Counts tensors for a backend whose clients are in this process."""
+
+    bytes_down = 0
+    bytes_up = 0
+
+    def count(self, tasks: Sequence[Task], answers: Mapping[ClientId, Sequence[Reply]]) -> None:
+        """One exchange."""
+        self.bytes_down += sum(task.adapters.num_bytes for task in tasks if isinstance(task.adapters, Lent))
+        self.bytes_up += sum(_delta_bytes(reply) for replies in answers.values() for reply in replies)
 
 
 def _fault(task: Task | None, replies: Sequence[Reply], check: Check) -> str | None:

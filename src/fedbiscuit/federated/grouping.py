@@ -103,7 +103,8 @@ def _seats_by_prices(
 def _scoring_tasks(
     asked: Sequence[ClientId], state: ServerState, cfg: FederatedSettings, share_losses: bool = False
 ) -> list[Task]:
-    lent, local, used = Lent(dict(enumerate(state.adapters))), cfg.local.as_local(), state.consumed
+    lent = Lent(dict(enumerate(state.adapters)), cfg.comm_dtype)
+    local, used = cfg.local.as_local(), state.consumed
     return [
         Task("evaluate", c, state.round, lent, local=local, consumed=used.get(c, 0), share_losses=share_losses)
         for c in asked

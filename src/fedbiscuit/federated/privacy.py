@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedbiscuit.federated.coding import decoded, scales_fault
 from fedbiscuit.types import Reply, Weights, num_bytes
 
 __all__ = ["MAX_EXAMPLES", "MAX_RELATIVE_NORM", "check_reply", "clip_factor", "clip_to_norm", "delta_norm"]
@@ -19,11 +20,13 @@ MAX_RELATIVE_NORM = 1e3
 """A delta longer than this many times (1 + the adapter's own norm) is no training but an accident or an attack."""
 
 
-def check_reply(reply: Reply, template: Weights, max_examples: int = MAX_EXAMPLES) -> str | None:
+def check_reply(
+    reply: Reply, template: Weights, max_examples: int = MAX_EXAMPLES, comm_dtype: str = "float32"
+) -> str | None:
     """Why this reply to a training task cannot be used, or None.
 
-    ``template`` is the adapter that was handed out (only the tensors that are trained). Cheap checks come first:
-    size, names, dtypes, shapes, finite values, norm. A delta of zeros is a good reply: that client had nothing to add.
+    ``template`` is the adapter that was handed out, as it travelled (only the tensors that are trained). Cheap checks come
+    first: size, names, dtypes, shapes, finite values, norm. A delta of zeros is a good reply: that client had nothing to add.
     """
     delta = reply.delta
     if not isinstance(delta, Mapping):
@@ -34,7 +37,8 @@ def check_reply(reply: Reply, template: Weights, max_examples: int = MAX_EXAMPLE
         or _too_large(delta, template)
         or _wrong_names(delta, template)
         or _wrong_tensors(delta, template)
-        or _wrong_values(delta, template)
+        or (scales_fault(delta) if comm_dtype == "int8" else None)
+        or _wrong_values(decoded(delta, comm_dtype), decoded(template, comm_dtype))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedbiscuit.models.cards import baseline_card, reward_card, selector_card
 from fedbiscuit.pipeline.devices import backend_for
 from fedbiscuit.pipeline.scoring import held_out, scores_of
 from fedbiscuit.pipeline.session import Session, resolved
+from fedbiscuit.rundir.disk import human_bytes
 from fedbiscuit.types import ClientData, ClientId, DataError, RoundRecord, ServerState, Weights
 
 __all__ = ["train_all"]
@@ -52,6 +54,7 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
             due = settings.eval_every and state.round % settings.eval_every == 0
             if due or state.round == settings.rounds:
                 row["metrics"]["validation"] = _validate(session, state, clients, settings)
+            _quarantine(session, record, name)
             run.append_lines(metrics, [row])
             session.tracking.forward(name, row)
             run.append_lines("timings.jsonl", [{"stage": name, "step": state.round, "seconds": record.seconds}])
@@ -138,6 +141,18 @@ def _row(record: RoundRecord) -> dict[str, Any]:
     }
 
 
+def _quarantine(session: Session, record: RoundRecord, name: str) -> None:
+    """What clients sent that was not let in, as ``quarantine/ROUND/CLIENT.json``: the reason, never the tensors.
+
+    CLIENT is a digest: a name that somebody else chose is no file name.
+    """
+    folder = "quarantine" if name == "selectors" else f"quarantine/{name}"
+    for client in record.quarantined:
+        digest = hashlib.sha256(client.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        row = {"round": record.round, "client": client, "reason": record.refused[client]}
+        session.run.write_json(f"{folder}/{record.round:06d}/{digest}.json", row)
+
+
 def _note(row: Mapping[str, Any]) -> str:
     found = row["metrics"].get("validation", {})
     parts = [row["phase"], "new groups" if row["regrouped"] else ""]
@@ -145,6 +160,7 @@ def _note(row: Mapping[str, Any]) -> str:
         parts.append(f"accuracy {found['accuracy']:.3f}")
     if row["refused"]:
         parts.append(f"{len(row['refused'])} refused")
+    parts.append(f"{human_bytes(row['bytes_down'])} down, {human_bytes(row['bytes_up'])} up")
     return ", ".join(part for part in parts if part)
 
 

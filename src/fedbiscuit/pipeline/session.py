@@ -93,6 +93,7 @@ class Session:
             cfg.generation.system,
             cfg.evaluation.batch_size,
             cfg.selectors.grouping_comparisons,
+            cfg.selectors.comm_dtype,
         )
 
     @cached_property

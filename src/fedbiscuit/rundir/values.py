@@ -51,6 +51,21 @@ def dump_json(value: Any, indent: int | None = None) -> str:
 
 def load_json(path: Path, data: bytes | bytearray, line: int | None = None) -> Any:
     """Strict JSON; what cannot be read is an ``IntegrityError`` that names file and line."""
+    try:
+        return strict_json(data)
+    except RecursionError as error:
+        raise IntegrityError(f"{path}: nested too deeply; this is not the file that was written") from error
+    except ValueError as error:
+        where = line if line is not None else getattr(error, "lineno", None)
+        place = f"{path}:{where}" if where else f"{path}"
+        why = getattr(error, "msg", None) or str(error)
+        raise IntegrityError(
+            f"{place}: cannot be read ({why}); take the file from a backup or write it again"
+        ) from error
+
+
+def strict_json(data: bytes | bytearray) -> Any:
+    """JSON in UTF-8 without a key twice, NaN or infinity; else ``ValueError``, or ``RecursionError`` where it is too deep."""
 
     def no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -61,17 +76,7 @@ def load_json(path: Path, data: bytes | bytearray, line: int | None = None) -> A
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=no_twice, parse_constant=no_constant)
-    except RecursionError as error:
-        raise IntegrityError(f"{path}: nested too deeply; this is not the file that was written") from error
-    except ValueError as error:
-        where = line if line is not None else getattr(error, "lineno", None)
-        place = f"{path}:{where}" if where else f"{path}"
-        why = getattr(error, "msg", None) or str(error)
-        raise IntegrityError(
-            f"{place}: cannot be read ({why}); take the file from a backup or write it again"
-        ) from error
+    return json.loads(data.decode("utf-8"), object_pairs_hook=no_twice, parse_constant=no_constant)
 
 
 def leaves_of(value: Any, place: str = "") -> dict[str, Any]:
