@@ -48,6 +48,7 @@ class SiteSettings(Section):
     allow_models: tuple[Digest, ...] = ()
     rounds: Annotated[int, Field(ge=0, le=10**9)] = 0
     comparisons: Annotated[int, Field(ge=1, le=10**9)] = 1
+    task_comparisons: Annotated[int, Field(ge=0, le=10**9)] = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     threads: Annotated[int, Field(ge=0, le=10**9)] = 0
     timeout: Annotated[float, Field(gt=0.0, le=1e6)] = 3600.0
@@ -72,6 +73,9 @@ rounds: 0
 
 # A client with fewer comparisons to train on is not named to the server.
 comparisons: 1
+
+# So many comparisons one training may read (steps x batch_size x grad_accum of the server's settings); 0: any number.
+task_comparisons: 0
 
 # Where the model runs: auto, cpu, mps, cuda or cuda:NUMBER; CPU threads, 0: as torch decides.
 device: auto

@@ -40,13 +40,14 @@ class Lent(Mapping[int, Weights]):
 class Exchange:
     """All the talk with clients in one round, over one backend.
 
-    ``clients`` are those that can be asked, sorted. ``refused`` maps a client to why its last unusable reply was
-    refused. ``bytes_down`` and ``bytes_up`` count tensor data, server to clients and back.
+    ``clients`` are those that can be asked, sorted; ``away`` says which sites cannot and why. ``refused`` maps a client to why
+    its last unusable reply was refused. ``bytes_down`` and ``bytes_up`` count tensor data, server to clients and back.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.clients = _named_once(backend.clients())
+        self.away = dict(backend.away)
         self.refused: dict[ClientId, str] = {}
         self.bytes_down = 0
         self.bytes_up = 0
