@@ -160,7 +160,7 @@ class FlowerBackend:
         since = self._activations()
         waiting = self._push(orders, deadline)
         pause, looked = POLL, time.monotonic()
-        while waiting and time.monotonic() < deadline:
+        while waiting:
             came = list(self._grid.pull_messages(list(waiting)))
             for message in came:
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
@@ -174,8 +174,9 @@ class FlowerBackend:
                 since |= now
                 waiting |= self._push({node: orders[node] for node in back}, deadline)
             pause = POLL if came else min(pause * 1.3, 10 * POLL)
-            if waiting:
-                time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            if waiting and time.monotonic() >= deadline:
+                break
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())) if waiting else 0.0)
         return answers
 
     def _activations(self) -> dict[int, str]:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import socket
 import stat
 import threading
@@ -315,9 +316,9 @@ def _serve_one(connection: socket.socket, worker: Worker, at_once: threading.Sem
 
 def _listens(connection: socket.socket) -> bool:
     """Whether the other side, which has nothing more to say, is still there."""
+    look = select.poll()
+    look.register(connection, select.POLLIN)
     try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
-    except BlockingIOError:
-        return True
+        return not look.poll(0) or connection.recv(1, socket.MSG_PEEK) != b""
     except OSError:
         return False

@@ -18,7 +18,9 @@ from fedbiscuit.config import Config, dump_config
 from fedbiscuit.deployment.programs import program
 from fedbiscuit.deployment.registration import sites_of
 from fedbiscuit.deployment.server import Deploy, ask, connection_of, is_healthy, load
-from fedbiscuit.rundir import RunDir, run_path
+from fedbiscuit.rundir import run_path
+from fedbiscuit.rundir.folder import LOCK
+from fedbiscuit.rundir.lock import is_held
 from fedbiscuit.types import ConfigError, EnvironmentFault, FedbiscuitError, FederationError, IntegrityError
 
 __all__ = ["train_by_flower"]
@@ -92,7 +94,7 @@ def _under_way(server: Deploy, job: _Job, cfg: Config, resume: bool) -> str:
     if not job.number.exists() or job.ended.exists():
         return ""
     number = job.number.read_text(encoding="utf-8").strip()
-    if not RunDir.view(run_path(cfg.runs_dir, cfg.name)).in_use():  # its process is gone, whatever SuperLink believes
+    if not is_held(run_path(cfg.runs_dir, cfg.name) / LOCK):  # its process is gone, whatever SuperLink believes
         with suppress(FederationError):
             _flwr(server, "stop", number)
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import time
@@ -27,6 +28,7 @@ END_SECONDS = 10
 WARN_DAYS = 30
 LOOK_EVERY = 0.2
 LOCK = "start.lock"
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def serve(deploy: Deploy, say: Callable[[str], None]) -> None:
@@ -131,7 +133,8 @@ def _await_health(deploy: Deploy, link: Child) -> None:
 
 def _last_line(log: Path) -> str:
     with contextlib.suppress(OSError, IndexError):
-        return f"; its last line: {log.read_text(encoding='utf-8', errors='replace').split(chr(10))[-2].strip()[:200]}"
+        line = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace").split("\n")[-2])
+        return f"; its last line: {line.strip()[:200]}"
     return ""
 
 

@@ -26,6 +26,7 @@ from pydantic import Field
 from fedbiscuit.config import Section, load_settings
 from fedbiscuit.data.check import NO_CLIENT, CheckReport
 from fedbiscuit.data.comparisons import check_files
+from fedbiscuit.deployment.clock import clock_line, seconds_ahead
 from fedbiscuit.rundir.disk import disk_faults, human_bytes, sync_folder, write_all
 from fedbiscuit.rundir.lock import is_held, process_lives
 from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, IntegrityError
@@ -229,6 +230,8 @@ def status_lines(folder: Path) -> Iterator[str]:
         yield f"{folder}: started {_clock(running['started'])} for the server {running['server']}"
         yield f"  worker     {_process(running['worker'])}"
         yield f"  SuperNode  {_process(running['supernode'])}"
+        ca = running.get("ca")
+        yield f"  clock      {clock_line(seconds_ahead(running['server'], Path(ca) if ca else None))}"
     else:
         yield f"{folder}: does not run; start it with `fedbiscuit client start {folder} --data FILE --server HOST:PORT ...`"
     found = summaries(read_ledger(folder / LEDGER))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedbiscuit.deployment.clock import clock_line, is_refused, seconds_ahead
 from fedbiscuit.deployment.processes import Child
 from fedbiscuit.deployment.programs import flower_env, program
 from fedbiscuit.deployment.site import KEY, LOCK, RUNNING, SiteSettings, settings_of
@@ -27,7 +28,6 @@ from fedbiscuit.types import ConfigError, EnvironmentFault, FederationError
 __all__ = ["Server", "run_site", "server_of", "supernode_words"]
 
 LOOK_EVERY = 0.3
-WORKER_READY = 120.0
 END_WITHIN = {"SuperNode": 8.0, "worker": 30.0}
 """Seconds from SIGTERM to SIGKILL; a worker has its own grace for the task that it is at."""
 PLAIN_SOCKET = re.compile(r"[A-Za-z0-9_./+@=,:-]{1,100}")
@@ -76,7 +76,7 @@ def run_site(folder: Path, files: Sequence[Path], server: Server, say: Said) -> 
             env = flower_env(folder / "flwr")
             node = Child("SuperNode", words, folder / "supernode.log", END_WITHIN["SuperNode"], env)
             try:
-                _Site(folder, server, path, worker, node, say).keep()
+                _Site(folder, server, path, worker, node, say, how.timeout).keep()
             finally:
                 node.end()
                 worker.end()
@@ -105,6 +105,8 @@ class _Site:
     worker: Child
     node: Child
     say: Said
+    patience: float
+    """Seconds until a worker must listen."""
     began: float = field(default_factory=time.time)
     ready: bool = False
     connected: bool = False
@@ -121,6 +123,7 @@ class _Site:
                 pids = self.worker.pid, self.node.pid
                 running = {
                     "server": self.server.address,
+                    "ca": None if self.server.ca is None else str(self.server.ca.resolve()),
                     "started": self.began,
                     "worker": pids[0],
                     "supernode": pids[1],
@@ -137,6 +140,8 @@ class _Site:
                 if child is self.node and self.refusal:
                     raise FederationError(self.refusal)
                 self.say(died)
+                if child is self.node:
+                    self._compare_clocks()
                 self.ready &= child is not self.worker
                 self.connected &= child is not self.node
         now = time.monotonic()
@@ -154,11 +159,18 @@ class _Site:
             self.ready = knock.connect_ex(str(self.socket)) == 0
         if self.ready:
             self.say(f"the worker is ready (process {self.worker.pid})")
-        elif now - self.worker.started > WORKER_READY:
+        elif now - self.worker.started > self.patience:
             self.worker.end()
             raise EnvironmentFault(
-                f"the worker did not get ready in {WORKER_READY:g} seconds; {self.worker.log} says why"
+                f"the worker did not get ready in {self.patience:g} seconds (timeout in site.yaml); {self.worker.log} says why"
             )
+
+    def _compare_clocks(self) -> None:
+        """A SuperNode whose signature has a time that the server refuses ends, and says nothing of it."""
+        ahead = seconds_ahead(self.server.address, self.server.ca)
+        if is_refused(ahead) and "clock" not in self.said:
+            self.said.add("clock")
+            self.say(f"this machine's clock is {clock_line(ahead)}")
 
     def _hear_node(self) -> None:
         """Say what the SuperNode's log means."""
