@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbiscuit.deployment import registration
+from fedbiscuit.deployment import registration, serving
 from fedbiscuit.deployment.programs import program
 from fedbiscuit.deployment.registration import register, sites_of
 from fedbiscuit.deployment.server import Deploy, connection_of, init, is_healthy, load
@@ -462,6 +462,25 @@ def test_a_run_under_way_ends_with_its_server_also_with_an_insecure_one(tmp_path
     assert code == 0
     assert not runs(app)
     assert server.programs() == {}
+
+
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_fault_91_a_port_in_use_is_named_with_what_to_do(tmp_path: Path, monkeypatch, is_ours: bool) -> None:
+    """Also where it is a SuperLink of this folder that has it, left by a `server start` that was killed."""
+    monkeypatch.setattr(serving, "is_healthy", lambda deploy: is_ours)
+    monkeypatch.setattr(serving, "program", str)
+    with closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        deploy = init(tmp_path / "deploy", port=port, insecure=True)
+        with pytest.raises(EnvironmentFault) as caught:
+            serving.serve(deploy, print)
+    whose = " by a SuperLink of this folder, left by a `server start` that was killed" if is_ours else ""
+    assert str(caught.value) == (
+        f"127.0.0.1:{port}: Address already in use{whose}; `ss -ltnp sport = :{port}` shows who has it: stop that one, or make a "
+        "deploy folder with another --port"
+    )
 
 
 @needs_flower

@@ -221,7 +221,7 @@ class Hearing:
         self.log = folder / "supernode.log"
         worker, node = (Child(name, [], folder / f"{name.lower()}.log", 8.0) for name in ("worker", "SuperNode"))
         self.site = site_processes._Site(
-            folder, Server("h:1", Path("ca.crt")), folder / "w", worker, node, self.heard.append
+            folder, Server("h:1", Path("ca.crt")), folder / "w", worker, node, self.heard.append, 60.0
         )
 
     def hears(self, text: str) -> list[str]:
@@ -232,7 +232,7 @@ class Hearing:
         return list(self.heard)
 
 
-def test_a_key_that_is_not_registered_is_said_once_with_what_to_send_and_tried_again(tmp_path):
+def test_fault_78_a_key_that_is_not_registered_is_said_once_with_what_to_send_and_tried_again(tmp_path):
     hearing = Hearing(tmp_path)
     (told,) = hearing.hears(LOGS[2004])
     assert told.startswith(
@@ -262,6 +262,19 @@ def test_a_server_that_cannot_be_reached_is_said_and_half_a_line_is_not_read(tmp
     assert hearing.hears(LOGS["gone"][:20]) == []
     (told,) = hearing.hears(LOGS["gone"][20:])
     assert told.startswith("the server h:1 cannot be reached; is it started, the port open")
+
+
+def test_fault_78_a_supernode_that_ends_without_a_word_is_one_whose_clock_may_be_wrong(tmp_path, monkeypatch):
+    hearing = Hearing(tmp_path)
+    monkeypatch.setattr(site_processes, "seconds_ahead", lambda address, ca: 61)
+    hearing.site.node.words = ["true"]
+    for _ in range(2):
+        hearing.site.node.start()
+        hearing.site.node.not_before = hearing.site.worker.not_before = time.monotonic() + 60
+        wait_for(lambda: hearing.site.look() or hearing.site.node.process is None)
+    told = [text for text in hearing.heard if "clock" in text]
+    assert len(told) == 1
+    assert told[0].startswith("this machine's clock is 61 s ahead of the server's, so the server refuses this site")
 
 
 # Processes
@@ -315,16 +328,18 @@ def test_a_process_that_does_not_hear_is_ended_after_its_time_with_what_it_has_s
 
 
 def test_fault_92_a_log_that_has_become_large_is_put_aside_while_the_process_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "LARGE_LOG", 10)
-    child = Child("worker", ["sh", "-c", "echo 123456789ab; read go < go; echo new"], tmp_path / "w.log", 30.0)
+    monkeypatch.setattr(processes, "LARGE_LOG", 20)
+    child = Child(
+        "worker", ["sh", "-c", "echo 123456789ab; echo 123456789cd; read go < go; echo new"], tmp_path / "w.log", 30.0
+    )
     os.mkfifo(tmp_path / "go")
     monkeypatch.chdir(tmp_path)
     child.start()
-    assert wait_for(child.new_lines) == ["123456789ab"]
+    assert [*wait_for(child.new_lines), *wait_for(child.new_lines)] == ["123456789ab", "123456789cd"]
     (tmp_path / "go").write_text("on\n")
     assert wait_for(child.new_lines) == ["new"]
     wait_for(child.has_died)
-    assert (tmp_path / "w.log.1").read_text() + (tmp_path / "w.log").read_text() == "123456789ab\nnew\n"
+    assert (tmp_path / "w.log.1").read_text() + (tmp_path / "w.log").read_text() == "123456789ab\n123456789cd\nnew\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
