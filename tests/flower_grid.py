@@ -15,6 +15,11 @@ class DictGrid:
     nodes: dict = field(default_factory=dict)
     seen: list = field(default_factory=list)
     waiting: dict = field(default_factory=dict)
+    since: dict = field(default_factory=dict)
+
+    def get_nodes(self):
+        """The nodes that are there, and when each has come."""
+        return [SimpleNamespace(node_id=node, last_activated_at=self.since.get(node, "")) for node in self.nodes]
 
     def get_node_ids(self):
         """The nodes that are there."""

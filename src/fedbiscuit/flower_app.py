@@ -25,8 +25,9 @@ def _answer(message: Message, context: Context) -> Message:
     from fedbiscuit.types import FedbiscuitError
 
     config = context.node_config
+    patience = min(float(config.get("timeout", 3600.0)), message.metadata.ttl)  # after that nobody waits at the server
     try:
-        data = ask_at(Path(str(config["worker"])), message_bytes(message), float(config.get("timeout", 3600.0)))
+        data = ask_at(Path(str(config["worker"])), message_bytes(message), patience)
         return Message(record_of(data), reply_to=message)
     except FedbiscuitError as error:
         return Message(failure_of(str(error)), reply_to=message)

@@ -203,9 +203,11 @@ class Backend(Protocol):
     """Carries tasks to clients and brings replies back, in any order, failures included.
 
     at_once: how many tasks to hand over at a time, 0 for all. What comes back together is in memory together.
+    away: who took no part when the clients were last asked for, and why; whole sites, where there are any.
     """
 
     at_once: int
+    away: Mapping[str, str]
 
     def clients(self) -> list[ClientId]:
         """The clients that can be asked now."""
@@ -255,6 +257,8 @@ class RoundRecord:
     bytes_up: int
     bytes_down: int
     quarantined: tuple[ClientId, ...] = ()
+    away: Mapping[str, str] = field(default_factory=dict)
+    """Sites that took no part, and why."""
 
 
 # Randomness: every draw is a stateless function of what it is for, so nothing random is ever saved.

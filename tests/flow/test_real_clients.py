@@ -12,9 +12,12 @@ from tests.flow.test_run import digests, lines, settings, without_traffic, write
 from tests.flower_grid import DictGrid
 
 from fedbiscuit import pipeline
+from fedbiscuit.backends.bundle import Answer, pack_answer, unpack_order
 from fedbiscuit.backends.worker import Rules, Worker
+from fedbiscuit.config import dump_config
+from fedbiscuit.pipeline.remote import train_remotely
 from fedbiscuit.pipeline.site import Site, terms_of
-from fedbiscuit.types import DataError
+from fedbiscuit.types import ConfigError, DataError, FederationError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("flwr") is None,
@@ -136,3 +139,82 @@ def test_a_site_that_leaves_for_ever_is_named_and_the_others_go_on(tmp_path, tin
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     assert all(row["metrics"]["num_replies"] > 0 for row in rows)
+
+
+def test_a_site_that_comes_late_takes_part_from_then_on_and_the_cohort_is_whoever_is_there(tmp_path, tiny_model, sites):
+    nodes, _, _ = sites
+    late, calls = nodes.pop(3), []
+    grid = DictGrid(nodes)
+
+    def comes(data: bytes, answer=nodes[1]) -> bytes:
+        calls.append(data)
+        if len(calls) == 4:  # hello and training of two rounds
+            grid.nodes[3] = late
+        return answer(data)
+
+    grid.nodes[1] = comes
+    cfg = settings(tmp_path, tiny_model, *CHANGES, "selectors.cohort_size=6", name="late")
+    run = pipeline.train_selectors(cfg, connect=over(grid))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [len(row["cohort"]) for row in rows] == [4, 4, 6, 6, 6, 6]
+    assert {"person-2", "person-5"} <= rows[2]["grouping"].keys()
+
+
+@pytest.mark.parametrize("fails_at", ["who is there", "training"])
+def test_fault_81_a_round_with_too_few_changes_nothing_and_the_run_goes_on_from_there_with_the_same_bits(
+    tmp_path, tiny_model, sites, fails_at, monkeypatch
+):
+    from fedbiscuit.backends import flower
+
+    monkeypatch.setattr(flower, "LOOK_EVERY", 1e9)  # nobody else will come
+    nodes, _, _ = sites
+    whole = pipeline.train_selectors(settings(tmp_path, tiny_model, *CHANGES, name="whole"))
+    cfg = settings(tmp_path, tiny_model, *CHANGES, "selectors.min_replies=4", name="stopped")
+    broken = {2: nodes[2], 3: nodes[3]}
+
+    def fails(data: bytes, answer) -> bytes:
+        order = unpack_order(data)
+        if not order.tasks if fails_at == "who is there" else any(task.round == 3 for task in order.tasks):
+            rounds = tmp_path / "runs" / "stopped" / "metrics.jsonl"
+            if rounds.exists() and len(rounds.read_text().splitlines()) == 3:
+                return pack_answer(Answer(error="out of order"))
+        return answer(data)
+
+    for node, answer in broken.items():
+        nodes[node] = lambda data, answer=answer: fails(data, answer)
+    with pytest.raises(FederationError, match=r"min_replies|fewer than 4 good replies"):
+        pipeline.train_selectors(cfg, connect=over(DictGrid(nodes)))
+    run = tmp_path / "runs" / "stopped"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    pipeline.train_selectors(cfg, resume=True, connect=over(DictGrid({**nodes, **broken})))
+    assert digests(run) == digests(whole)
+
+
+def test_a_job_says_how_it_has_ended_and_with_which_exit_code(tmp_path, tiny_model, sites, monkeypatch):
+    nodes, _, _ = sites
+    cfg = settings(tmp_path, tiny_model, *CHANGES, "selectors.rounds=1", name="job")
+    (tmp_path / "job.yaml").write_text(dump_config(cfg))
+    job = {
+        "config": str(tmp_path / "job.yaml"),
+        "ended": str(tmp_path / "ended"),
+        "folder": str(tmp_path),
+        "resume": False,
+    }
+    job |= {
+        "timeout": 60.0,
+        "names": {"1": ["person-0", "person-3"], "9": ["eve"]},
+        "sites": {"9": "site-e"},
+        "only_named": True,
+    }
+    (tmp_path / "job").write_text(json.dumps(job))
+    monkeypatch.chdir(tmp_path)
+    train_remotely(DictGrid(nodes), tmp_path / "job")
+    assert json.loads((tmp_path / "ended").read_text()) == {"error": "", "exit_code": 0}
+    (row,) = map(json.loads, (tmp_path / "runs" / "job" / "metrics.jsonl").read_text().splitlines())
+    assert row["cohort"] == ["person-0", "person-3"]
+    assert row["away"] == {"site-e": "it is not connected"}
+    with pytest.raises(ConfigError):
+        train_remotely(DictGrid(nodes), tmp_path / "job")
+    ended = json.loads((tmp_path / "ended").read_text())
+    assert ended["exit_code"] == 2
+    assert "--resume" in ended["error"]

@@ -400,7 +400,7 @@ def test_a_server_starts_lets_a_site_join_and_ends_with_all_of_its_processes(ser
     assert owners(server.deploy) == {node: ("site-a", ["alice", "carol"])}
     second = command("server", "start", server.deploy.folder)
     assert second.returncode == 3
-    assert f"127.0.0.1:{server.deploy.port}: Address already in use" in second.stderr
+    assert f"{server.deploy.folder}: in use by process {server.process.pid} on" in second.stderr
     assert server.end() == 0
     assert server.log.read_text().endswith("stopping\nstopped\n")
     assert server.programs() == {}
@@ -464,24 +464,23 @@ def test_a_run_under_way_ends_with_its_server_also_with_an_insecure_one(tmp_path
     assert server.programs() == {}
 
 
-@needs_flower
-def test_a_superlink_that_dies_ends_the_command_and_names_its_log(server: Server) -> None:
-    (link,) = (pid for pid, words in server.programs().items() if "flower-superlink" in words)
-    os.kill(link, signal.SIGKILL)
-    assert server.process.wait(timeout=30) == 3
-    assert "superlink has ended by signal 9" in server.log.read_text()
-    assert str(server.deploy.folder / "superlink.log") in server.log.read_text()
-    assert server.programs() == {}
-
-
-def test_a_process_that_will_not_end_and_what_it_has_started_are_killed(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(serving, "END_SECONDS", 0.3)
-    script = 'trap "" TERM; sleep 600 & echo $! > pid; wait'
-    process = subprocess.Popen(["sh", "-c", script], start_new_session=True, cwd=tmp_path)
-    until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
-    serving._end({"stubborn": process})
-    assert process.returncode == -signal.SIGKILL
-    until(lambda: not runs(int((tmp_path / "pid").read_text())), 5)
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_fault_91_a_port_in_use_is_named_with_what_to_do(tmp_path: Path, monkeypatch, is_ours: bool) -> None:
+    """Also where it is a SuperLink of this folder that has it, left by a `server start` that was killed."""
+    monkeypatch.setattr(serving, "is_healthy", lambda deploy: is_ours)
+    monkeypatch.setattr(serving, "program", str)
+    with closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        deploy = init(tmp_path / "deploy", port=port, insecure=True)
+        with pytest.raises(EnvironmentFault) as caught:
+            serving.serve(deploy, print)
+    whose = " by a SuperLink of this folder, left by a `server start` that was killed" if is_ours else ""
+    assert str(caught.value) == (
+        f"127.0.0.1:{port}: Address already in use{whose}; `ss -ltnp sport = :{port}` shows who has it: stop that one, or make a "
+        "deploy folder with another --port"
+    )
 
 
 @needs_flower
@@ -490,7 +489,7 @@ def test_a_superlink_that_cannot_start_is_told_with_the_last_line_of_its_log(tmp
     (deploy.folder / "server.key").write_text("none")
     done = command("server", "start", deploy.folder)
     assert done.returncode == 3
-    assert "superlink has ended with exit code" in done.stderr
+    assert "SuperLink cannot start" in done.stderr
     assert "its last line: " in done.stderr
 
 

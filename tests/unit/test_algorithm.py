@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -52,6 +52,7 @@ class Town:
     """A backend whose clients are wishes: each pulls every adapter towards its number, and scores it by the distance."""
 
     at_once = 0
+    away: ClassVar[dict[str, str]] = {}
 
     def __init__(self, wishes: dict[ClientId, float], answer: Callable[[Task, Reply], Any] | None = None) -> None:
         self.wishes = wishes

@@ -13,7 +13,7 @@ from fedbiscuit.backends.client import Desk, Memory, answer
 from fedbiscuit.backends.inprocess import InProcessBackend
 from fedbiscuit.data.encoding import load_template
 from fedbiscuit.models.selector import Selector
-from fedbiscuit.types import ClientData, Comparison, LocalTraining, Reply, Task
+from fedbiscuit.types import ClientData, Comparison, FederationError, LocalTraining, Reply, Task
 
 SECRET = "zebra-secret"
 
@@ -225,3 +225,20 @@ def test_many_validation_comparisons_are_cut_to_as_many_as_wanted_always_the_sam
     assert len({c.id for c in first}) == 5
     assert {c.id for c in first} < {c.id for c in data.validation}
     assert first != list(data.validation)[:5]  # a file is often sorted by subject
+
+
+def test_scoring_once_more_in_a_round_buys_no_more_answers_to_prices(desk, monkeypatch):
+    from fedbiscuit.backends import client
+
+    monkeypatch.setattr(client, "MAX_SEATS", 2)
+    data, memory, adapters = holder(), Memory(), two_adapters(desk)
+
+    def ask(kind: str, round: int) -> None:
+        answer(Task(kind, "ann", round, adapters, (0.0, 0.0) if kind == "seat" else ()), data, desk, memory)
+
+    for kind in ("evaluate", "seat", "evaluate", "seat", "evaluate"):
+        ask(kind, 4)
+    with pytest.raises(FederationError, match="more than 2 times"):
+        ask("seat", 4)
+    ask("evaluate", 5)
+    ask("seat", 5)

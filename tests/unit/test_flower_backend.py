@@ -40,13 +40,21 @@ class Echo:
 
 def worker(tmp_path: Path, echo: Echo, rules: Rules | None = None, model: str = "m") -> Worker:
     part = TakingPart(echo, dict.fromkeys(echo.names, 5), model)
-    return Worker(lambda terms: part, rules or Rules(), tmp_path / f"{'-'.join(echo.names)}.jsonl")
+    return Worker(lambda terms: part, rules or Rules(), tmp_path / f"{echo.names[0]}.jsonl")
 
 
-def backend(grid, timeout: float = 0.3, names=None, said=None):
+def backend(grid, timeout: float = 0.3, names=None, said=None, sites=None, least: int = 1):
     from fedbiscuit.backends.flower import FlowerBackend
 
-    return FlowerBackend(grid, "run", "terms", timeout, names, (said if said is not None else []).append)
+    return FlowerBackend(grid, "run", "terms", timeout, names, (said if said is not None else []).append, sites, least)
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """No pause between two looks at which nodes are there."""
+    from fedbiscuit.backends import flower
+
+    monkeypatch.setattr(flower, "LOOK_EVERY", 0.0)
 
 
 def training(client: str, adapters) -> Task:
@@ -89,7 +97,7 @@ def test_a_site_that_was_started_again_is_sent_what_it_has_forgotten(tmp_path):
     assert [len(unpack_order(data).adapters) for _, data in grid.seen[-2:]] == [0, 1]
 
 
-def test_who_does_not_answer_in_time_is_a_failed_reply_and_the_others_are_not_lost(tmp_path):
+def test_fault_80_who_does_not_answer_in_time_is_a_failed_reply_and_the_others_are_not_lost(tmp_path):
     silent = worker(tmp_path, Echo("cy"))
     grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer, 2: silent.answer})
     there = backend(grid)
@@ -145,11 +153,11 @@ def test_replies_for_clients_of_another_node_are_dropped(tmp_path):
     assert torch.equal(next(r for r in replies if r.client == "cy").delta["a"], torch.tensor([2.0, 3.0]))
 
 
-def test_a_name_that_two_nodes_offer_or_that_is_registered_for_another_is_not_asked(tmp_path):
+def test_fault_79_a_name_that_two_nodes_offer_or_that_is_registered_for_another_is_not_asked(tmp_path):
     said: list[str] = []
     grid = DictGrid({1: worker(tmp_path, Echo("ann", "bo")).answer, 2: worker(tmp_path, Echo("bo", "cy")).answer})
     assert backend(grid, said=said).clients() == ["ann", "cy"]
-    assert "'bo' is offered by 2 nodes (1, 2)" in said[0]
+    assert "'bo' is offered by 2 nodes (node 1 and node 2)" in said[0]
     said.clear()
     bound = backend(grid, names={1: ["ann", "bo"], 2: ["cy"]}, said=said)
     assert bound.clients() == ["ann", "bo", "cy"]
@@ -161,3 +169,113 @@ def test_a_site_may_refuse_the_run_and_is_then_named_with_its_reason(tmp_path):
     grid = DictGrid({1: worker(tmp_path, Echo("ann"), Rules(models=("other",))).answer})
     assert backend(grid, said=said).clients() == []
     assert "node 1 takes no part: this site does not permit the base model of this run" in said[0]
+
+
+def test_fault_79_a_key_that_answers_for_more_clients_than_it_was_registered_for_gets_no_more_seats(tmp_path):
+    many = [f"sybil-{i}" for i in range(50)]
+    grid = DictGrid({1: worker(tmp_path, Echo("ann", *many)).answer, 2: worker(tmp_path, Echo("bo")).answer})
+    assert backend(grid, names={1: ["ann"], 2: ["bo"]}).clients() == ["ann", "bo"]
+
+
+def test_fault_80_82_a_node_that_comes_back_is_asked_again_and_what_was_lost_with_it_is_not_waited_for(
+    tmp_path, hurried
+):
+    echo, other = Echo("ann"), Echo("bo")
+    working = worker(tmp_path, echo)
+    grid = DictGrid({1: working.answer, 2: worker(tmp_path, other).answer}, since={1: "9:00"})
+    there = backend(grid, timeout=20.0)
+    there.clients()
+    seen = []
+
+    def killed(data: bytes) -> None:
+        """Its SuperNode dies with the order, the worker has done it, and another SuperNode comes."""
+        seen.append(data)
+        working.answer(data)
+        grid.nodes[1], grid.since[1] = working.answer, "9:01"
+
+    grid.nodes[1] = killed
+    replies = there.run([training("ann", ADAPTERS), training("bo", ADAPTERS)])
+    assert [reply.ok for reply in replies] == [True, True]
+    assert echo.asked == [("train", "ann")], "a worker does no work twice"
+    assert [data for node, data in grid.seen if node == 1][-2:] == seen * 2
+    assert other.asked == [("train", "bo")]
+
+
+def test_what_superlink_says_of_the_lost_order_does_not_count_once_the_node_is_asked_again(tmp_path, hurried):
+    from types import SimpleNamespace
+
+    grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer}, since={1: "9:00"})
+    there = backend(grid, timeout=20.0)
+    there.clients()
+    answer = grid.nodes[1]
+    error = SimpleNamespace(reason="gone", code=5)
+
+    def killed(data: bytes) -> None:
+        lost = f"id-{len(grid.seen)}"
+        grid.nodes[1] = late
+        grid.since[1] = "9:01"
+        grid.lost = SimpleNamespace(
+            metadata=SimpleNamespace(reply_to_message_id=lost), content=None, has_error=lambda: True, error=error
+        )
+
+    def late(data: bytes) -> bytes:
+        grid.waiting["lost"] = grid.lost
+        grid.pull_messages = lambda ids: [grid.waiting.pop(key) for key in ("lost", *ids) if key in grid.waiting]
+        return answer(data)
+
+    grid.nodes[1] = killed
+    (reply,) = there.run([training("ann", ADAPTERS)])
+    assert reply.ok, reply.error
+
+
+def test_a_message_that_superlink_does_not_take_is_a_failed_reply_and_not_the_end(tmp_path):
+    grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer})
+    there = backend(grid)
+    there.clients()
+    grid.push_messages = lambda messages: [None]
+    assert there.run([training("ann", ADAPTERS)])[0].error == "no answer within 0.3 seconds"
+    grid.push_messages = lambda messages: []
+    assert not there.run([training("ann", ADAPTERS)])[0].ok
+
+
+def test_fault_80_sites_are_waited_for_until_enough_clients_are_there_but_not_for_ever(tmp_path, hurried):
+    said: list[str] = []
+    grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer})
+    looks = []
+
+    def come(ids=grid.get_node_ids):
+        looks.append(len(looks))
+        if len(looks) == 3:
+            grid.nodes[2] = worker(tmp_path, Echo("bo", "cy")).answer
+        return ids()
+
+    grid.get_node_ids = come
+    assert backend(grid, said=said, least=2, timeout=20.0).clients() == ["ann", "bo", "cy"]
+    assert said == ["1 clients are there; waiting for 2, up to 20 seconds"]
+    assert [node for node, _ in grid.seen] == [1, 2], "who has answered is not asked again"
+    assert backend(DictGrid({}), least=2, timeout=0.05).clients() == []
+
+
+def test_fault_89_a_clock_that_jumps_moves_no_deadline(tmp_path, monkeypatch):
+    import time
+
+    now = time.time
+    grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer, 2: lambda data: None})
+    for jump in (1e6, -1e6):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump)
+        there = backend(grid)
+        assert there.clients() == ["ann"]
+        assert there.away == {"node 2": "no answer within 0.3 seconds"}
+
+
+def test_sites_that_take_no_part_are_named_as_their_keys_are_with_the_reason(tmp_path):
+    said: list[str] = []
+    grid = DictGrid(
+        {1: worker(tmp_path, Echo("ann")).answer, 2: worker(tmp_path, Echo("bo"), Rules(models=("x",))).answer}
+    )
+    names = {1: ["ann"], 2: ["bo"], 3: ["cy"]}
+    there = backend(grid, names=names, said=said, sites={1: "site-a", 2: "site-b", 3: "site-c"})
+    assert there.clients() == ["ann"]
+    assert there.away["site-c"] == "it is not connected"
+    assert there.away["site-b"].startswith("this site does not permit the base model of this run")
+    assert said == [f"site-b takes no part: {there.away['site-b']}"]

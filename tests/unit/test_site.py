@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from fedbiscuit.deployment import site, site_processes
+from fedbiscuit.deployment import processes, site, site_processes
+from fedbiscuit.deployment.processes import Child
 from fedbiscuit.deployment.site import SiteSettings, check_data, read_ledger, settings_of, status_lines, summaries
-from fedbiscuit.deployment.site_processes import Child, Server, server_of, supernode_words
+from fedbiscuit.deployment.site_processes import Server, server_of, supernode_words
 from fedbiscuit.types import ConfigError, DataError, IntegrityError
 
 ROW = {"prompt": "p", "output_a": "a", "output_b": "b", "choice": 0, "client": "ann"}
@@ -218,9 +219,9 @@ class Hearing:
     def __init__(self, folder: Path) -> None:
         self.heard: list[str] = []
         self.log = folder / "supernode.log"
-        worker, node = (Child(name, [], folder / f"{name.lower()}.log") for name in ("worker", "SuperNode"))
+        worker, node = (Child(name, [], folder / f"{name.lower()}.log", 8.0) for name in ("worker", "SuperNode"))
         self.site = site_processes._Site(
-            folder, Server("h:1", Path("ca.crt")), folder / "w", worker, node, self.heard.append
+            folder, Server("h:1", Path("ca.crt")), folder / "w", worker, node, self.heard.append, 60.0
         )
 
     def hears(self, text: str) -> list[str]:
@@ -231,7 +232,7 @@ class Hearing:
         return list(self.heard)
 
 
-def test_a_key_that_is_not_registered_is_said_once_with_what_to_send_and_tried_again(tmp_path):
+def test_fault_78_a_key_that_is_not_registered_is_said_once_with_what_to_send_and_tried_again(tmp_path):
     hearing = Hearing(tmp_path)
     (told,) = hearing.hears(LOGS[2004])
     assert told.startswith(
@@ -263,6 +264,19 @@ def test_a_server_that_cannot_be_reached_is_said_and_half_a_line_is_not_read(tmp
     assert told.startswith("the server h:1 cannot be reached; is it started, the port open")
 
 
+def test_fault_78_a_supernode_that_ends_without_a_word_is_one_whose_clock_may_be_wrong(tmp_path, monkeypatch):
+    hearing = Hearing(tmp_path)
+    monkeypatch.setattr(site_processes, "seconds_ahead", lambda address, ca: 61)
+    hearing.site.node.words = ["true"]
+    for _ in range(2):
+        hearing.site.node.start()
+        hearing.site.node.not_before = hearing.site.worker.not_before = time.monotonic() + 60
+        wait_for(lambda: hearing.site.look() or hearing.site.node.process is None)
+    told = [text for text in hearing.heard if "clock" in text]
+    assert len(told) == 1
+    assert told[0].startswith("this machine's clock is 61 s ahead of the server's, so the server refuses this site")
+
+
 # Processes
 
 
@@ -275,7 +289,7 @@ def wait_for(found) -> object:
 
 
 def test_the_pause_before_a_restart_grows_and_is_short_again_after_steady_work(tmp_path, monkeypatch):
-    child = Child("worker", [sys.executable, "-c", "raise SystemExit(7)"], tmp_path / "w.log")
+    child = Child("worker", [sys.executable, "-c", "raise SystemExit(7)"], tmp_path / "w.log", 30.0)
     for pause in (1, 2, 4):
         child.start()
         told = wait_for(child.has_died)
@@ -288,13 +302,13 @@ def test_the_pause_before_a_restart_grows_and_is_short_again_after_steady_work(t
     assert "in 60 s" in wait_for(child.has_died)
     assert child.pause == 60.0
     child.start()
-    child.started -= site_processes.STEADY + 1
+    child.started -= processes.STEADY + 1
     assert "in 1 s" in wait_for(child.has_died)
 
 
 def test_a_signal_is_named_and_what_it_had_started_ends_too(tmp_path):
     code = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
-    child = Child("SuperNode", [sys.executable, "-c", code], tmp_path / "n.log")
+    child = Child("SuperNode", [sys.executable, "-c", code], tmp_path / "n.log", 8.0)
     child.start()
     inner = int(wait_for(child.new_lines)[0])
     os.kill(child.pid, signal.SIGKILL)
@@ -303,32 +317,36 @@ def test_a_signal_is_named_and_what_it_had_started_ends_too(tmp_path):
     assert stat.S_IMODE((tmp_path / "n.log").stat().st_mode) == 0o600
 
 
-def test_a_process_that_does_not_hear_is_ended_after_its_time(tmp_path, monkeypatch):
-    monkeypatch.setitem(site_processes.END_WITHIN, "worker", 0.3)
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-    child = Child("worker", [sys.executable, "-c", code], tmp_path / "w.log")
+def test_a_process_that_does_not_hear_is_ended_after_its_time_with_what_it_has_started(tmp_path):
+    child = Child("worker", ["sh", "-c", 'trap "" TERM; sleep 60 & echo $!; wait'], tmp_path / "w.log", 0.3)
     child.start()
-    wait_for(child.new_lines)
-    pid = child.pid
+    inner, pid = int(wait_for(child.new_lines)[0]), child.pid
     child.end()
     assert not _runs(pid)
+    wait_for(lambda: not _runs(inner))
     assert child.pid == 0
 
 
-def test_a_large_log_is_put_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr(site_processes, "LARGE_LOG", 10)
-    (tmp_path / "w.log").write_text("x" * 11)
-    child = Child("worker", [sys.executable, "-c", "print('new')"], tmp_path / "w.log")
+def test_fault_92_a_log_that_has_become_large_is_put_aside_while_the_process_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "LARGE_LOG", 20)
+    child = Child(
+        "worker", ["sh", "-c", "echo 123456789ab; echo 123456789cd; read go < go; echo new"], tmp_path / "w.log", 30.0
+    )
+    os.mkfifo(tmp_path / "go")
+    monkeypatch.chdir(tmp_path)
     child.start()
+    assert [*wait_for(child.new_lines), *wait_for(child.new_lines)] == ["123456789ab", "123456789cd"]
+    (tmp_path / "go").write_text("on\n")
+    assert wait_for(child.new_lines) == ["new"]
     wait_for(child.has_died)
-    assert ((tmp_path / "w.log").read_text(), (tmp_path / "w.log.1").read_text()) == ("new\n", "x" * 11)
+    assert (tmp_path / "w.log.1").read_text() + (tmp_path / "w.log").read_text() == "123456789ab\n123456789cd\nnew\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
 def test_no_process_outlives_the_one_that_started_it(tmp_path):
     code = (
-        "import os, pathlib, signal\nfrom fedbiscuit.deployment.site_processes import Child\n"
-        f"child = Child('worker', ['sleep', '60'], pathlib.Path({str(tmp_path / 'w.log')!r}))\n"
+        "import os, pathlib, signal\nfrom fedbiscuit.deployment.processes import Child\n"
+        f"child = Child('worker', ['sleep', '60'], pathlib.Path({str(tmp_path / 'w.log')!r}), 1.0)\n"
         "child.start(); print(child.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout)

@@ -212,6 +212,11 @@ def test_one_order_may_need_more_than_is_kept(world, monkeypatch):
         ({"kinds": ("train",)}, SEAT, "no tasks of the kind seat"),
         ({"rounds": 2}, Task("seat", "ann", 2), "takes part in 2 rounds"),
         ({}, Task("evaluate", "ann", 0, share_losses=True), "shares no losses"),
+        (
+            {"task_comparisons": 240},
+            Task("train", "bo", 0, local=LocalTraining(steps=31)),
+            "reads at most 240 comparisons, and 248 were asked for",
+        ),
     ],
 )
 def test_a_task_against_the_rules_is_refused_and_the_others_are_done(tmp_path, rules, task, told):
@@ -224,7 +229,8 @@ def test_a_task_against_the_rules_is_refused_and_the_others_are_done(tmp_path, r
 
 
 def test_rules_at_their_edge_permit(tmp_path):
-    world = World(tmp_path, comparisons=2, rounds=2, models=(MODEL,))
+    world = World(tmp_path, comparisons=2, rounds=2, models=(MODEL,), task_comparisons=240)
+    assert world.ask(TRAIN).replies[0].ok
     assert world.ask(Task("seat", "bo", 1)).replies[0].ok
 
 
@@ -334,7 +340,7 @@ def served(world: World, path: Path, grace: float = 10.0) -> Iterator[threading.
     thread = threading.Thread(target=lambda: ended.append(serve_at(path, world.worker, stop, grace)))
     thread.start()
     try:
-        wait_for(path.exists)
+        wait_for(lambda: listens(path))
         yield stop
     finally:
         world.backend.hold.set()
@@ -529,3 +535,18 @@ def test_a_worker_that_ends_while_it_answers_is_an_error_that_says_so(tmp_path):
         with pytest.raises(EnvironmentFault, match="ended while it answered"):
             ask_at(tmp_path / "w", HELLO, 20)
         thread.join()
+
+
+def test_fault_80_an_order_that_nobody_waits_for_any_more_is_left_and_what_was_done_of_it_is_kept(world, tmp_path):
+    """So a slow site does not work off one order of the past after the other."""
+    both = pack_order(Order("demo", "terms", [SEAT, Task("seat", "bo", 0, prices=(0.0, 1.0))], [{}, {}]))
+    world.backend.hold.clear()
+    with served(world, tmp_path / "w"):
+        with closing(connected(tmp_path / "w")) as one:
+            send(one, both)
+            assert world.backend.begun.wait(20)
+        world.backend.hold.set()
+        wait_for(lambda: world.ledger.exists() and len(world.rows()) == 1)
+        assert world.rows()[0]["not_done"] == {"nobody waits for the answer any more": ["bo"]}
+        assert all(reply.ok for reply in unpack_answer(ask_at(tmp_path / "w", both, 20)).replies)
+    assert [task.client for task in world.backend.tasks] == ["ann", "bo"]

@@ -24,7 +24,7 @@ __all__ = ["Desk", "Memory", "answer", "policy_pair"]
 
 
 MAX_SEATS = 60
-"""Prices that a client answers after scoring once. Each answer bounds the differences of its losses a little further."""
+"""Prices that a client answers in one round. Each answer bounds the differences of its losses a little further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,12 @@ class Desk:
 
 @dataclass(slots=True)
 class Memory:
-    """What one client keeps to itself between tasks: its losses under the adapters it scored last."""
+    """What one client keeps to itself between tasks: its losses under the adapters it scored last, in which round, and how many
+    prices it still answers.
+    """
 
     losses: list[float] = field(default_factory=list)
+    round: int = -1
     seats_left: int = 0
 
 
@@ -56,7 +59,9 @@ def answer(task: Task, data: ClientData, desk: Desk, memory: Memory) -> Reply:
     if task.kind == "train":
         return _train(task, data, desk)
     if task.kind == "evaluate":
-        memory.losses, memory.seats_left = _losses(task, data, desk), MAX_SEATS
+        memory.losses = _losses(task, data, desk)
+        if memory.round != task.round:  # to score once more in a round buys no more answers
+            memory.round, memory.seats_left = task.round, MAX_SEATS
         return Reply(task.client, metrics={"losses": list(memory.losses)} if task.share_losses else {})
     if len(memory.losses) != len(task.prices):
         raise FederationError(f"asked for a seat among {len(task.prices)}, but scored {len(memory.losses)} adapters")

@@ -80,6 +80,7 @@ class SeveralDevices:
         self._helpers = list(helpers)
         self._home = {client: i % (1 + len(helpers)) for i, client in enumerate(sorted(here.clients()))}
         self.at_once = here.at_once * (1 + len(helpers))
+        self.away = here.away
 
     def clients(self) -> list[ClientId]:
         """All clients that have something to train on."""

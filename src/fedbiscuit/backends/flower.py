@@ -21,6 +21,8 @@ __all__ = ["FlowerBackend"]
 
 POLL = 0.1
 """Seconds between two looks for replies, at first; up to ten times as many while none comes."""
+LOOK_EVERY = 2.0
+"""Seconds between two looks at which nodes are there, while their answers are waited for, or they themselves."""
 
 Said = Callable[[str], None]
 
@@ -28,41 +30,65 @@ Said = Callable[[str], None]
 class FlowerBackend:
     """Carries tasks to the clients of all connected nodes.
 
-    ``run`` and ``terms`` go with every order. ``timeout``: seconds for one exchange. ``names``: which clients a node may
-    have, by node id; None where nodes have no keys, and may name any. ``bytes_down`` and ``bytes_up`` count what was really sent.
+    ``run`` and ``terms`` go with every order. ``timeout``: seconds for one exchange, and for ``least`` clients to be there.
+    ``names``: which clients a node may have, by node id; None where nodes have no keys, and may name any. ``sites``: what
+    nodes are called. ``bytes_down`` and ``bytes_up`` count what was really sent.
     """
 
     at_once = 0
 
     def __init__(
         self, grid: Grid, run: str, terms: str, timeout: float, names: Mapping[int, Sequence[str]] | None = None,
-        say: Said = lambda text: None,
+        say: Said = lambda text: None, sites: Mapping[int, str] | None = None, least: int = 1,
     ):  # fmt: skip
-        self._grid, self._run, self._terms, self._timeout = grid, run, terms, timeout
+        self._grid, self._run, self._terms, self._timeout, self._least = grid, run, terms, timeout, least
         self._names = None if names is None else dict(names)
+        self._sites = dict(sites or {})
         self._say = say
         self._node_of: dict[ClientId, int] = {}
         self._holds: dict[int, set[str]] = {}
+        self.away: Mapping[str, str] = {}
         self.bytes_down = 0
         self.bytes_up = 0
 
     def clients(self) -> list[ClientId]:
-        """The clients of all nodes that answer now. Of a name that two nodes have, neither is asked."""
-        nodes = sorted(self._grid.get_node_ids())
-        answers = self._exchange({node: Order(self._run, self._terms) for node in nodes})
+        """The clients of all nodes that answer now. Of a name that two nodes have, neither is asked.
+
+        Where fewer than ``least`` are there, more are waited for, within the time.
+        """
+        deadline, answers, is_waiting = time.monotonic() + self._timeout, dict[int, Answer](), False
+        while True:
+            nodes = sorted(self._grid.get_node_ids())
+            asked = [node for node in nodes if node not in answers or answers[node].error]
+            answers |= self._exchange({node: Order(self._run, self._terms) for node in asked}, deadline)
+            found = self._owned({node: answers[node] for node in nodes})
+            if len(found) >= self._least or time.monotonic() + LOOK_EVERY >= deadline:
+                return found
+            if not is_waiting:
+                self._say(f"{len(found)} clients are there; waiting for {self._least}, up to {self._timeout:g} seconds")
+            is_waiting = True
+            time.sleep(LOOK_EVERY)
+
+    def _owned(self, answers: Mapping[int, Answer]) -> list[ClientId]:
+        """Whose clients are whose, by what the nodes that are there have answered, and which sites are away."""
         owners: dict[ClientId, list[int]] = {}
+        away = {self._called(node): "it is not connected" for node in self._names or {} if node not in answers}
         for node, answer in sorted(answers.items()):
             if answer.error:
-                self._say(f"node {node} takes no part: {answer.error}")
+                away[self._called(node)] = answer.error
+                self._say(f"{self._called(node)} takes no part: {answer.error}")
             for client in self._permitted(node, answer.clients):
                 owners.setdefault(client, []).append(node)
         for client, found in owners.items():
             if len(found) > 1:
-                self._say(
-                    f"client {client!r} is offered by {len(found)} nodes ({found[0]}, {found[1]}), so nobody asks it"
-                )
+                both = " and ".join(self._called(node) for node in found[:2])
+                self._say(f"client {client!r} is offered by {len(found)} nodes ({both}), so nobody asks it")
         self._node_of = {client: found[0] for client, found in owners.items() if len(found) == 1}
+        self.away = away
         return sorted(self._node_of)
+
+    def _called(self, node: int) -> str:
+        return self._sites.get(node, f"node {node}")
 
     def run(self, tasks: Sequence[Task]) -> list[Reply]:
         """One reply a task. A node that does not answer is a failed reply of each of its clients."""
@@ -121,34 +147,53 @@ class FlowerBackend:
             return list(clients)
         allowed = self._names.get(node, ())
         for client in sorted(set(clients) - set(allowed)):
-            self._say(f"node {node} offers {client!r}, a name that is not registered for it; it is not asked")
+            self._say(f"{self._called(node)} offers {client!r}, a name that is not registered for it; it is not asked")
         return [client for client in clients if client in allowed]
 
-    def _exchange(self, orders: Mapping[int, Order]) -> dict[int, Answer]:
-        """One answer a node, within the time; what a site holds afterwards is remembered."""
+    def _exchange(self, orders: Mapping[int, Order], deadline: float | None = None) -> dict[int, Answer]:
+        """One answer a node, within the time; what a site holds afterwards is remembered.
+
+        A node that has come back since it was asked has lost its order, and is asked again: a worker does no work twice.
+        """
         if not orders:
             return {}
-        messages = []
-        digests = {}
-        for node, order in orders.items():
-            data = pack_order(order)
-            digests[node] = digest_of(data)
-            self.bytes_down += len(data)
-            messages.append(Message(record_of(data), node, "query", ttl=self._timeout))
+        deadline = time.monotonic() + self._timeout if deadline is None else deadline
         answers = {node: Answer(error=f"no answer within {self._timeout:g} seconds") for node in orders}
-        deadline, pause = time.monotonic() + self._timeout, POLL
-        waiting: dict[str, int] = dict(zip(self._grid.push_messages(messages), orders, strict=True))
-        while waiting and time.monotonic() < deadline:
+        packed = {node: pack_order(order) for node, order in orders.items()}
+        since = self._activations()
+        waiting = self._push(packed, deadline)
+        pause, looked = POLL, time.monotonic()
+        while waiting:
             came = list(self._grid.pull_messages(list(waiting)))
             for message in came:
-                asked = message.metadata.reply_to_message_id
-                if asked in waiting:
-                    node = waiting.pop(asked)
-                    answers[node] = self._read(node, orders[node], digests[node], message)
+                node = waiting.pop(message.metadata.reply_to_message_id, None)
+                if node is None or (message.has_error() and node in waiting.values()):
+                    continue
+                answers[node] = self._read(node, orders[node], digest_of(packed[node]), message)
+                waiting = {asked: other for asked, other in waiting.items() if other != node}
+            if waiting and time.monotonic() - looked >= LOOK_EVERY:
+                now, looked = self._activations(), time.monotonic()
+                back = {node for node in waiting.values() if now.get(node, since.get(node)) != since.get(node)}
+                since |= now
+                waiting |= self._push({node: packed[node] for node in back}, deadline)
             pause = POLL if came else min(pause * 1.3, 10 * POLL)
-            if waiting:
-                time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            if waiting and time.monotonic() >= deadline:
+                break
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())) if waiting else 0.0)
         return answers
+
+    def _activations(self) -> dict[int, str]:
+        """When each node that is there has come."""
+        return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
+
+    def _push(self, packed: Mapping[int, bytes], deadline: float) -> dict[str, int]:
+        """Send them; the node of each message that SuperLink has taken."""
+        messages, left = [], max(1.0, deadline - time.monotonic())
+        for node, data in packed.items():
+            self.bytes_down += len(data)
+            messages.append(Message(record_of(data), node, "query", ttl=left))
+        taken = list(self._grid.push_messages(messages)) if messages else []
+        return {asked: node for asked, node in zip(taken, packed, strict=False) if asked}
 
     def _read(self, node: int, order: Order, digest: str, message: Message) -> Answer:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from fedbiscuit.backends.client import Desk, Memory, answer
 from fedbiscuit.types import ClientData, ClientId, FedbiscuitError, Reply, Task
@@ -17,6 +18,7 @@ class InProcessBackend:
     """
 
     at_once = 16
+    away: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, desk: Desk, data: Mapping[ClientId, ClientData], told: Callable[[BaseException], str] = str):
         self._desk = desk

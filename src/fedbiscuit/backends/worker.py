@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import socket
 import stat
 import threading
@@ -46,7 +47,7 @@ SILENCE = 60.0
 """Seconds that whoever has connected may take for the next piece of a message."""
 GRACE = 20.0
 """Seconds that a worker told to stop gives the task that it is at."""
-
+TOO_LATE = "nobody waits for the answer any more"
 ENTRY = 1000
 """About the bytes of a reply without a delta."""
 
@@ -59,13 +60,15 @@ log = logging.getLogger("fedbiscuit")
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What a site takes part in. models: digests of base models, empty for any that it can load. rounds: how many rounds of a
-    run it answers, 0 for all. comparisons: how many a client must hold to be named to the server.
+    run it answers, 0 for all. comparisons: how many a client must hold to be named to the server. task_comparisons: how many one
+    training may read, steps x batch_size x grad_accum, 0 for any number.
     """
 
     kinds: tuple[str, ...] = KINDS
     models: tuple[str, ...] = ()
     rounds: int = 0
     comparisons: int = 1
+    task_comparisons: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,15 @@ class Worker:
     _noting: threading.Lock = field(default_factory=threading.Lock)
     _stopping: threading.Event = field(default_factory=threading.Event)
 
-    def answer(self, data: bytes) -> bytes:
-        """The answer to an order, both as bytes. What goes wrong is in the answer; without a ledger there is none else."""
+    def answer(self, data: bytes, is_awaited: Callable[[], bool] = lambda: True) -> bytes:
+        """The answer to an order, both as bytes. What goes wrong is in the answer; without a ledger there is none else.
+
+        ``is_awaited``: whether somebody still wants the answer; asked before each task.
+        """
         order = Order("", "")
         try:
             order = unpack_order(data)
-            answer = self._answer(order)
+            answer = self._answer(order, is_awaited)
         except (FederationError, IntegrityError) as error:
             answer = Answer(error=str(error))
         except Exception as error:  # whatever it is, the server is told that there is no answer, and the site why
@@ -128,7 +134,7 @@ class Worker:
             self._working.release()
         return done
 
-    def _answer(self, order: Order) -> Answer:
+    def _answer(self, order: Order, is_awaited: Callable[[], bool]) -> Answer:
         opened = self._opened
         if not order.tasks and opened is not None and opened[:2] == (order.run, order.terms):
             return Answer(self._named(opened[2]))  # who is there? is answered while others train
@@ -140,7 +146,10 @@ class Worker:
             wanted = {digest for one in order.wanted for digest in one.values()}
             if lacks := sorted(wanted - self._adapters.keys()):
                 return Answer(self._named(part), lacks=lacks)
-            replies = [self._reply(part, task, one) for task, one in zip(order.tasks, order.wanted, strict=True)]
+            replies = [
+                self._reply(part, task, one) if is_awaited() else Reply(task.client, ok=False, error=TOO_LATE)
+                for task, one in zip(order.tasks, order.wanted, strict=True)
+            ]
             _keep_last(self._adapters, num_bytes)
             _keep_last(self._done, lambda reply: num_bytes(reply.delta or {}) + ENTRY)
             return Answer(self._named(part), replies)
@@ -196,6 +205,9 @@ class Worker:
             return f"this site does no tasks of the kind {task.kind}"
         if rules.rounds and task.round >= rules.rounds:
             return f"this site takes part in {rules.rounds} rounds"
+        reads = task.local.comparisons_per_round if task.kind == "train" and task.local else 0
+        if 0 < rules.task_comparisons < reads:
+            return f"a training here reads at most {rules.task_comparisons} comparisons, and {reads} were asked for"
         if task.share_losses:
             return "this site shares no losses"
         return ""
@@ -297,6 +309,16 @@ def _serve_one(connection: socket.socket, worker: Worker, at_once: threading.Sem
                 send(connection, pack_answer(Answer(error=str(error))))
                 return
             if data is not None:
-                send(connection, worker.answer(data))
+                send(connection, worker.answer(data, lambda: _listens(connection)))
     finally:
         at_once.release()
+
+
+def _listens(connection: socket.socket) -> bool:
+    """Whether the other side, which has nothing more to say, is still there."""
+    look = select.poll()
+    look.register(connection, select.POLLIN)
+    try:
+        return not look.poll(0) or connection.recv(1, socket.MSG_PEEK) != b""
+    except OSError:
+        return False

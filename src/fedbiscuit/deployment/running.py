@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedbiscuit.config import Config, dump_config
 from fedbiscuit.deployment.programs import program
 from fedbiscuit.deployment.registration import sites_of
-from fedbiscuit.deployment.server import Deploy, ask, connection_of, load
+from fedbiscuit.deployment.server import Deploy, ask, connection_of, is_healthy, load
 from fedbiscuit.rundir import run_path
-from fedbiscuit.types import FederationError
+from fedbiscuit.rundir.folder import LOCK
+from fedbiscuit.rundir.lock import is_held
+from fedbiscuit.types import ConfigError, EnvironmentFault, FedbiscuitError, FederationError, IntegrityError
 
 __all__ = ["train_by_flower"]
 
-POLL = 2.0
-"""Seconds between two looks at how the run goes."""
+POLL = 0.3
+"""Seconds between two looks at how the run goes, which are cheap."""
+ASK_EVERY = 10.0
+"""Seconds between two questions to SuperLink, which are not: each starts a program of Flower."""
+
+NAMED = 5
+"""Clients that a line of the terminal names; metrics.jsonl has all."""
+CLASSES: dict[int, type[FedbiscuitError]] = {
+    one.exit_code: one for one in (ConfigError, EnvironmentFault, FederationError, IntegrityError)
+}
+"""What a ServerApp's error is here, by its exit code."""
+
+log = logging.getLogger("fedbiscuit")
 
 PROJECT = """[project]
 name = "fedbiscuit-run"
@@ -44,66 +59,141 @@ APP = "from fedbiscuit import flower_app\n\nclient = flower_app.client\nserver =
 """What is sent through Flower: two small files that import the program that is installed on both sides."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """The files of a run at the server: its settings, what the ServerApp is told, Flower's number of it, and how it has ended."""
+
+    config: Path
+    asked: Path
+    number: Path
+    ended: Path
+
+
 def train_by_flower(cfg: Config, deploy: Path, resume: bool, timeout: float, progress: Any) -> Path:
     """Train the selectors of a run with the clients that are connected to the server of ``deploy``; the run folder.
 
-    ``FederationError`` where Flower's run fails, with the end of its log.
+    A run whose command was killed goes on at the server, and is followed here with ``resume``. ``FederationError`` where Flower's
+    run fails, with the end of its log, or where the server does not answer for ``timeout`` seconds.
     """
     server = load(deploy)
-    jobs = server.folder / "jobs"
-    jobs.mkdir(exist_ok=True)
-    config, job = jobs / f"{cfg.name}.yaml", jobs / f"{cfg.name}.json"
-    config.write_text(dump_config(cfg), encoding="utf-8")
-    asked = {
-        "config": str(config),
-        "folder": os.getcwd(),
-        "resume": resume,
-        "timeout": timeout,
-        "names": {node: site["clients"] for node, site in sites_of(server).items()},
-        "only_named": not server.insecure,
-    }
-    job.write_text(json.dumps(asked), encoding="utf-8")
-    with _submitted(server, job) as number:
-        _follow(server, number, cfg, progress)
+    folder = server.folder / "jobs"
+    folder.mkdir(exist_ok=True)
+    job = _Job(*(folder / f"{cfg.name}.{end}" for end in ("yaml", "json", "number", "ended.json")))
+    number = _under_way(server, job, cfg, resume)
+    if number:
+        log.warning("run %s is under way; it is followed, with the --timeout that it was started with", cfg.name)
+    else:
+        number = _submit(server, job, cfg, resume, timeout)
+    with _stopped_with_us(server, number):
+        _follow(server, job, number, cfg, timeout, progress)
     return run_path(cfg.runs_dir, cfg.name)
 
 
-@contextmanager
-def _submitted(deploy: Deploy, job: Path) -> Iterator[str]:
-    """Flower's run of this job, by its number; stopped where whoever waits for it leaves."""
+def _under_way(server: Deploy, job: _Job, cfg: Config, resume: bool) -> str:
+    """Flower's number of the run that still works in this run folder, or nothing. One that is left over is stopped."""
+    if not job.number.exists() or job.ended.exists():
+        return ""
+    number = job.number.read_text(encoding="utf-8").strip()
+    if not is_held(run_path(cfg.runs_dir, cfg.name) / LOCK):  # its process is gone, whatever SuperLink believes
+        with suppress(FederationError):
+            _flwr(server, "stop", number)
+        return ""
+    if not resume:
+        raise EnvironmentFault(f"run {cfg.name} is under way; follow it with --resume (Ctrl-C then stops it)")
+    if job.config.read_text(encoding="utf-8") != dump_config(cfg):
+        raise ConfigError(
+            f"run {cfg.name} is under way with other settings ({job.config}); follow it with those, or stop it by Ctrl-C first"
+        )
+    return number
+
+
+def _submit(server: Deploy, job: _Job, cfg: Config, resume: bool, timeout: float) -> str:
+    """Flower's number of a new run that does this job."""
+    sites = sites_of(server)
+    job.config.write_text(dump_config(cfg), encoding="utf-8")
+    asked = {
+        "config": str(job.config),
+        "ended": str(job.ended),
+        "folder": os.getcwd(),
+        "resume": resume,
+        "timeout": timeout,
+        "names": {node: site["clients"] for node, site in sites.items()},
+        "sites": {node: site["key"] for node, site in sites.items()},
+        "only_named": not server.insecure,
+    }
+    job.asked.write_text(json.dumps(asked), encoding="utf-8")
+    job.ended.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         app = Path(folder)
         (app / "fedbiscuit_run").mkdir()
         (app / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
         (app / "fedbiscuit_run" / "__init__.py").write_text("", encoding="utf-8")
         (app / "fedbiscuit_run" / "app.py").write_text(APP, encoding="utf-8")
-        told = _flwr(deploy, "run", str(app), "-c", f"job={json.dumps(str(job))}")
+        told = _flwr(server, "run", str(app), "-c", f"job={json.dumps(str(job.asked))}")
     number = str(told["run-id"])
+    job.number.write_text(number, encoding="utf-8")
+    return number
+
+
+@contextmanager
+def _stopped_with_us(server: Deploy, number: str) -> Iterator[None]:
+    """Flower's run is stopped where whoever waits for it leaves, by Ctrl-C too."""
     try:
-        yield number
+        yield
     except BaseException:
-        with suppress(FederationError, subprocess.SubprocessError, OSError):
-            _flwr(deploy, "stop", number)
+        if is_healthy(server):
+            with suppress(FederationError, subprocess.SubprocessError, OSError):
+                _flwr(server, "stop", number)
         raise
 
 
-def _follow(deploy: Deploy, number: str, cfg: Config, progress: Any) -> None:
-    """Show each round that is done, until the run has ended."""
+def _follow(server: Deploy, job: _Job, number: str, cfg: Config, timeout: float, progress: Any) -> None:
+    """Show each round that is done, until the run has ended; an error of the ServerApp is raised here."""
     metrics = run_path(cfg.runs_dir, cfg.name) / "metrics.jsonl"
-    shown = len(_rounds(metrics))
+    shown, status, is_silent = len(_rounds(metrics)), "", False
+    begun = heard = asked = time.monotonic()
     while True:
-        status = str(_flwr(deploy, "list", "--run-id", number)["runs"][0]["status"])
-        rounds = _rounds(metrics)
-        for row in rounds[shown:]:
+        ended = status.startswith("finished") or job.ended.exists()
+        for row in _rounds(metrics)[shown:]:
+            shown += 1
+            for line in _missing(row):
+                log.warning("round %d: %s", row["round"], line)
             progress("selectors", row["round"] + 1, cfg.selectors.rounds, _note(row))
-        shown = max(shown, len(rounds))
-        if status.startswith("finished"):
+        if ended:
             break
+        if time.monotonic() - asked >= ASK_EVERY:
+            answered = _status(server, number)
+            asked = time.monotonic()
+            status, heard = (answered, asked) if answered else (status, heard)
+            if not answered and not is_silent:
+                log.warning("the server at %s does not answer; waiting for it up to %g s", server.address, timeout)
+            is_silent = not answered
+        if time.monotonic() - heard > timeout + ASK_EVERY:
+            raise FederationError(
+                f"the server at {server.address} has not answered for {timeout:g} s (--timeout); start it "
+                f"(`fedbiscuit server start {server.folder}`) and go on with --resume"
+            )
+        if status.startswith("pending") and time.monotonic() - begun > timeout:
+            raise FederationError(
+                f"the server has not begun with this run in {timeout:g} s (--timeout); {server.folder / 'superexec.log'} may say "
+                "why; go on with --resume"
+            )
         time.sleep(POLL)
-    if status != "finished:completed":
+    if not job.ended.exists():
         raise FederationError(
-            f"the run ended as {status!r}; its own words:\n{_log_of(deploy, number)}\ngo on with --resume"
+            f"the run ended as {status!r}; its own words:\n{_log_of(server, number)}\ngo on with --resume"
         )
+    said = json.loads(job.ended.read_text(encoding="utf-8"))
+    if said["error"]:
+        raise CLASSES.get(said["exit_code"], FederationError)(f"{said['error']}\ngo on with --resume")
+
+
+def _status(server: Deploy, number: str) -> str:
+    """What SuperLink says of a run; nothing where it does not answer."""
+    if is_healthy(server):
+        with suppress(FederationError, LookupError):
+            return str(_flwr(server, "list", "--run-id", number)["runs"][0]["status"])
+    return ""
 
 
 def _rounds(metrics: Path) -> list[Mapping[str, Any]]:
@@ -113,8 +203,20 @@ def _rounds(metrics: Path) -> list[Mapping[str, Any]]:
 
 
 def _note(row: Mapping[str, Any]) -> str:
-    refused = [f"{client}: {why}" for client, why in sorted(row["refused"].items())]
-    return ", ".join([row["phase"], *(["new groups"] if row["regrouped"] else []), *refused[:3]])
+    refused = [f"{len(row['refused'])} refused"] if row["refused"] else []
+    return ", ".join([row["phase"], *(["new groups"] if row["regrouped"] else []), *refused])
+
+
+def _missing(row: Mapping[str, Any]) -> Iterator[str]:
+    """Who took no part in a round, reason by reason."""
+    for site, why in sorted(row.get("away", {}).items()):
+        yield f"{site} took no part: {why}"
+    clients: dict[str, list[str]] = {}
+    for client, why in sorted(row["refused"].items()):
+        clients.setdefault(why, []).append(client)
+    for why, found in sorted(clients.items()):
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        yield f"nothing from {', '.join(found[:NAMED])}{more}: {why}"
 
 
 def _log_of(deploy: Deploy, number: str) -> str:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedbiscuit.deployment.certificates import days_left
+from fedbiscuit.deployment.processes import Child
 from fedbiscuit.deployment.programs import program
 from fedbiscuit.deployment.registration import sites_of
 from fedbiscuit.deployment.server import Deploy, connection_of, is_healthy
+from fedbiscuit.rundir.lock import FolderLock
 from fedbiscuit.types import EnvironmentFault, IntegrityError
 
 __all__ = ["serve"]
@@ -24,39 +26,52 @@ START_SECONDS = 180
 END_SECONDS = 10
 """What processes may take to end by themselves."""
 WARN_DAYS = 30
-
-Processes = dict[str, subprocess.Popen[bytes]]
+LOOK_EVERY = 0.2
+LOCK = "start.lock"
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def serve(deploy: Deploy, say: Callable[[str], None]) -> None:
-    """Run SuperLink and SuperExec until Ctrl-C, SIGTERM or SIGHUP. ``say`` gets what a user reads.
+    """Run SuperLink and SuperExec until Ctrl-C, SIGTERM or SIGHUP; one that dies is started again. ``say`` gets lines to read.
 
-    ``EnvironmentFault`` where Flower is missing, the port is taken, or one of them ends by itself.
+    ``EnvironmentFault`` where Flower is missing, the folder or the port is taken, or SuperLink cannot be started at all.
     """
-    commands = _commands(deploy)
+    link, executor = _processes(deploy)
     sites = sites_of(deploy)
     _check_certificate(deploy, say)
-    _check_port(deploy)
-    env = connection_of(deploy).env
-    running: Processes = {}
-    try:
-        with _hang_up_stops():
-            running["superlink"] = _start(deploy, "superlink", commands["superlink"], env)
-            _await_health(deploy, running)
-            running["superexec"] = _start(deploy, "superexec", commands["superexec"], env)
-            for line in _greeting(deploy, len(sites)):
-                say(line)
-            while True:
-                _check_alive(deploy, running)
-                time.sleep(0.2)
-    except KeyboardInterrupt:
-        say("stopping")
-    finally:
-        _end(running)
+    with contextlib.ExitStack() as ended:
+        ended.callback(FolderLock.take(deploy.folder / LOCK, "make another deploy folder with another --port").release)
+        _check_port(deploy)
+        ended.callback(link.end)
+        ended.callback(executor.end)
+        try:
+            with _hang_up_stops():
+                link.start()
+                _await_health(deploy, link)
+                executor.start()
+                for line in _greeting(deploy, len(sites)):
+                    say(line)
+                while True:
+                    _look(deploy, link, executor, say)
+                    time.sleep(LOOK_EVERY)
+        except KeyboardInterrupt:
+            say("stopping")
     say("stopped")
 
 
-def _commands(deploy: Deploy) -> dict[str, list[str]]:
+def _look(deploy: Deploy, link: Child, executor: Child, say: Callable[[str], None]) -> None:
+    """Start what has died. Its database has all that SuperLink knew, so runs and sites wait for it and go on."""
+    for child in (link, executor):
+        child.new_lines()
+        if died := child.has_died():
+            say(f"{died}{_last_line(child.log)}")
+        if child.process is None and time.monotonic() >= child.not_before:
+            child.start()
+            say(f"the {child.name} is started again (process {child.pid})")
+
+
+def _processes(deploy: Deploy) -> tuple[Child, Child]:
+    """SuperLink and SuperExec, not started yet."""
     folder, port = deploy.folder, str(deploy.port)
     link = ["--host", "127.0.0.1", "--port", port, "--database", str(folder / "superlink.db"), "--isolation", "process"]
     exec_ = ["--runtime-api-address", deploy.address, "--parent-pid", str(os.getpid())]
@@ -66,10 +81,13 @@ def _commands(deploy: Deploy) -> dict[str, list[str]]:
         link += ["--enable-supernode-auth", "--ssl-ca-certfile", str(folder / "ca.crt")]
         link += ["--ssl-certfile", str(folder / "server.crt"), "--ssl-keyfile", str(folder / "server.key")]
         exec_ += ["--root-certificates", str(folder / "ca.crt")]
-    return {
-        "superlink": [program("flower-superlink"), "--disable-runtime-dependency-installation", *link],
-        "superexec": [program("flower-superexec"), *exec_],
-    }
+    link = [program("flower-superlink"), "--disable-runtime-dependency-installation", *link]
+    exec_ = [program("flower-superexec"), *exec_]
+    env = connection_of(deploy).env
+    return (
+        Child("SuperLink", link, folder / "superlink.log", END_SECONDS, env),
+        Child("SuperExec", exec_, folder / "superexec.log", END_SECONDS, env),
+    )
 
 
 def _check_certificate(deploy: Deploy, say: Callable[[str], None]) -> None:
@@ -95,45 +113,28 @@ def _check_port(deploy: Deploy) -> None:
             probe.bind(("127.0.0.1", deploy.port))
         except OSError as error:
             reason = error.strerror or str(error)
+            if is_healthy(deploy):
+                reason += " by a SuperLink of this folder, left by a `server start` that was killed"
             raise EnvironmentFault(
                 f"{deploy.address}: {reason}; `ss -ltnp sport = :{deploy.port}` shows who has it: stop that one, or make a "
                 "deploy folder with another --port"
             ) from None
 
 
-def _log_of(deploy: Deploy, name: str) -> Path:
-    return deploy.folder / f"{name}.log"
-
-
-def _start(deploy: Deploy, name: str, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
-    """In a session of its own: Ctrl-C reaches us alone, and what it starts can be ended with it."""
-    with _log_of(deploy, name).open("ab") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-
-
-def _await_health(deploy: Deploy, running: Processes) -> None:
+def _await_health(deploy: Deploy, link: Child) -> None:
     until = time.monotonic() + START_SECONDS
     while not is_healthy(deploy):
-        _check_alive(deploy, running)
+        if link.has_died():
+            raise EnvironmentFault(f"SuperLink cannot start; its log says why: {link.log}{_last_line(link.log)}")
         if time.monotonic() > until:
-            log = _log_of(deploy, "superlink")
-            raise EnvironmentFault(f"SuperLink does not answer after {START_SECONDS} s; its log says why: {log}")
-        time.sleep(0.2)
-
-
-def _check_alive(deploy: Deploy, running: Processes) -> None:
-    for name, process in running.items():
-        if (code := process.poll()) is not None:
-            log = _log_of(deploy, name)
-            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            raise EnvironmentFault(f"{name} has ended {how}; its log says why: {log}{_last_line(log)}")
+            raise EnvironmentFault(f"SuperLink does not answer after {START_SECONDS} s; its log says why: {link.log}")
+        time.sleep(LOOK_EVERY)
 
 
 def _last_line(log: Path) -> str:
     with contextlib.suppress(OSError, IndexError):
-        return f"; its last line: {log.read_text(encoding='utf-8', errors='replace').split(chr(10))[-2].strip()[:200]}"
+        line = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace").split("\n")[-2])
+        return f"; its last line: {line.strip()[:200]}"
     return ""
 
 
@@ -163,31 +164,3 @@ def _hang_up_stops() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def _end(running: Processes) -> None:
-    """End them and all that they have started, at last by force."""
-    groups = [process.pid for process in running.values()]
-    try:
-        for process in reversed(running.values()):
-            if process.poll() is None:
-                process.terminate()
-        until = time.monotonic() + END_SECONDS
-        while time.monotonic() < until and any(_group_lives(running)):
-            time.sleep(0.1)
-    finally:
-        for group in groups:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
-        for process in running.values():
-            process.wait()
-
-
-def _group_lives(running: Processes) -> Iterator[bool]:
-    for process in running.values():
-        process.poll()
-        try:
-            os.killpg(process.pid, 0)
-            yield True
-        except ProcessLookupError:
-            yield False

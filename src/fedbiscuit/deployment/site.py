@@ -26,6 +26,7 @@ from pydantic import Field
 from fedbiscuit.config import Section, load_settings
 from fedbiscuit.data.check import NO_CLIENT, CheckReport
 from fedbiscuit.data.comparisons import check_files
+from fedbiscuit.deployment.clock import clock_line, seconds_ahead
 from fedbiscuit.rundir.disk import disk_faults, human_bytes, sync_folder, write_all
 from fedbiscuit.rundir.lock import is_held, process_lives
 from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, IntegrityError
@@ -48,6 +49,7 @@ class SiteSettings(Section):
     allow_models: tuple[Digest, ...] = ()
     rounds: Annotated[int, Field(ge=0, le=10**9)] = 0
     comparisons: Annotated[int, Field(ge=1, le=10**9)] = 1
+    task_comparisons: Annotated[int, Field(ge=0, le=10**9)] = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     threads: Annotated[int, Field(ge=0, le=10**9)] = 0
     timeout: Annotated[float, Field(gt=0.0, le=1e6)] = 3600.0
@@ -72,6 +74,9 @@ rounds: 0
 
 # A client with fewer comparisons to train on is not named to the server.
 comparisons: 1
+
+# So many comparisons one training may read (steps x batch_size x grad_accum of the server's settings); 0: any number.
+task_comparisons: 0
 
 # Where the model runs: auto, cpu, mps, cuda or cuda:NUMBER; CPU threads, 0: as torch decides.
 device: auto
@@ -225,6 +230,8 @@ def status_lines(folder: Path) -> Iterator[str]:
         yield f"{folder}: started {_clock(running['started'])} for the server {running['server']}"
         yield f"  worker     {_process(running['worker'])}"
         yield f"  SuperNode  {_process(running['supernode'])}"
+        ca = running.get("ca")
+        yield f"  clock      {clock_line(seconds_ahead(running['server'], Path(ca) if ca else None))}"
     else:
         yield f"{folder}: does not run; start it with `fedbiscuit client start {folder} --data FILE --server HOST:PORT ...`"
     found = summaries(read_ledger(folder / LEDGER))

@@ -7,12 +7,9 @@ processes of their own, so that one outlives the other; neither outlives this on
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedbiscuit.deployment.clock import clock_line, is_refused, seconds_ahead
+from fedbiscuit.deployment.processes import Child
 from fedbiscuit.deployment.programs import flower_env, program
 from fedbiscuit.deployment.site import KEY, LOCK, RUNNING, SiteSettings, settings_of
 from fedbiscuit.rundir import atomic_write, dump_json
@@ -29,13 +28,8 @@ from fedbiscuit.types import ConfigError, EnvironmentFault, FederationError
 __all__ = ["Server", "run_site", "server_of", "supernode_words"]
 
 LOOK_EVERY = 0.3
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-STEADY = 60.0
-"""Seconds after which a process that dies counts as one that worked: its next start waits ``FIRST_PAUSE`` again."""
-WORKER_READY = 120.0
 END_WITHIN = {"SuperNode": 8.0, "worker": 30.0}
 """Seconds from SIGTERM to SIGKILL; a worker has its own grace for the task that it is at."""
-LARGE_LOG = 10_000_000
 PLAIN_SOCKET = re.compile(r"[A-Za-z0-9_./+@=,:-]{1,100}")
 """A path that a unix socket can have and that needs no quotes in Flower's --node-config."""
 ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})")
@@ -76,11 +70,13 @@ def run_site(folder: Path, files: Sequence[Path], server: Server, say: Said) -> 
     try:
         with _socket_path(folder) as path:
             words = [sys.executable, "-m", "fedbiscuit.deployment.site_worker", folder.resolve(), path]
-            worker = Child("worker", [*words, *(file.resolve() for file in files)], folder / "worker.log")
-            node = Child("SuperNode", supernode_words(supernode, folder, server, path, how), folder / "supernode.log")
-            node.environment = flower_env(folder / "flwr")
+            words += [file.resolve() for file in files]
+            worker = Child("worker", words, folder / "worker.log", END_WITHIN["worker"])
+            words = supernode_words(supernode, folder, server, path, how)
+            env = flower_env(folder / "flwr")
+            node = Child("SuperNode", words, folder / "supernode.log", END_WITHIN["SuperNode"], env)
             try:
-                _Site(folder, server, path, worker, node, say).keep()
+                _Site(folder, server, path, worker, node, say, how.timeout).keep()
             finally:
                 node.end()
                 worker.end()
@@ -100,81 +96,6 @@ def supernode_words(supernode: str, folder: Path, server: Server, path: Path, ho
 
 
 @dataclass
-class Child:
-    """A process that is started again after a pause that grows while it dies at once."""
-
-    name: str
-    words: Sequence[object]
-    log: Path
-    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
-    process: subprocess.Popen[bytes] | None = None
-    pause: float = FIRST_PAUSE
-    started: float = 0.0
-    not_before: float = 0.0
-    read: int = 0
-    """Bytes of the log that were looked at."""
-
-    @property
-    def pid(self) -> int:
-        """0 where it does not run."""
-        return self.process.pid if self.process is not None else 0
-
-    def start(self) -> None:
-        """Start it, with its output behind what is in the log."""
-        if self.log.exists() and self.log.stat().st_size > LARGE_LOG:
-            self.log.replace(self.log.with_name(f"{self.log.name}.1"))
-        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            self.read = os.fstat(descriptor).st_size
-            self.process = subprocess.Popen(
-                [str(word) for word in self.words], env=self.environment, start_new_session=True, stdin=subprocess.DEVNULL,
-                stdout=descriptor, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent,
-            )  # fmt: skip
-        finally:
-            os.close(descriptor)
-        self.started = time.monotonic()
-
-    def has_died(self) -> str:
-        """How it ended, once, when it has; the time of the next start is set."""
-        if self.process is None or self.process.poll() is None:
-            return ""
-        code, now = self.process.returncode, time.monotonic()
-        self._kill_group()
-        self.process = None
-        if now - self.started > STEADY:
-            self.pause = FIRST_PAUSE
-        self.not_before, wait = now + self.pause, self.pause
-        self.pause = min(2 * self.pause, LONGEST_PAUSE)
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"the {self.name} {how}; it is started again in {wait:g} s ({self.log} says more)"
-
-    def new_lines(self) -> list[str]:
-        """What its log says since the last look, whole lines."""
-        with contextlib.suppress(OSError), self.log.open("rb") as file:
-            file.seek(self.read)
-            data = file.read(LARGE_LOG)
-            end = data.rfind(b"\n") + 1
-            self.read += end
-            return data[:end].decode("utf-8", "replace").splitlines()
-        return []
-
-    def end(self) -> None:
-        """SIGTERM, and after its time SIGKILL, to it and to what it has started."""
-        if self.process is None:
-            return
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(END_WITHIN[self.name])
-        self._kill_group()
-        self.process.wait()
-        self.process = None
-
-    def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-
-
-@dataclass
 class _Site:
     """The loop: look at both processes, read the SuperNode's log, start what has died."""
 
@@ -184,6 +105,8 @@ class _Site:
     worker: Child
     node: Child
     say: Said
+    patience: float
+    """Seconds until a worker must listen."""
     began: float = field(default_factory=time.time)
     ready: bool = False
     connected: bool = False
@@ -200,6 +123,7 @@ class _Site:
                 pids = self.worker.pid, self.node.pid
                 running = {
                     "server": self.server.address,
+                    "ca": None if self.server.ca is None else str(self.server.ca.resolve()),
                     "started": self.began,
                     "worker": pids[0],
                     "supernode": pids[1],
@@ -210,11 +134,14 @@ class _Site:
     def look(self) -> None:
         """One look at everything."""
         self._hear_node()
+        self.worker.new_lines()
         for child in (self.worker, self.node):
             if died := child.has_died():
                 if child is self.node and self.refusal:
                     raise FederationError(self.refusal)
                 self.say(died)
+                if child is self.node:
+                    self._compare_clocks()
                 self.ready &= child is not self.worker
                 self.connected &= child is not self.node
         now = time.monotonic()
@@ -232,11 +159,18 @@ class _Site:
             self.ready = knock.connect_ex(str(self.socket)) == 0
         if self.ready:
             self.say(f"the worker is ready (process {self.worker.pid})")
-        elif now - self.worker.started > WORKER_READY:
+        elif now - self.worker.started > self.patience:
             self.worker.end()
             raise EnvironmentFault(
-                f"the worker did not get ready in {WORKER_READY:g} seconds; {self.worker.log} says why"
+                f"the worker did not get ready in {self.patience:g} seconds (timeout in site.yaml); {self.worker.log} says why"
             )
+
+    def _compare_clocks(self) -> None:
+        """A SuperNode whose signature has a time that the server refuses ends, and says nothing of it."""
+        ahead = seconds_ahead(self.server.address, self.server.ca)
+        if is_refused(ahead) and "clock" not in self.said:
+            self.said.add("clock")
+            self.say(f"this machine's clock is {clock_line(ahead)}")
 
     def _hear_node(self) -> None:
         """Say what the SuperNode's log means."""
@@ -312,9 +246,3 @@ def _free_port() -> int:
     with contextlib.closing(socket.socket()) as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-def _end_with_parent() -> None:
-    """In the child: SIGTERM when the process that started it ends, however it does. Only Linux can."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

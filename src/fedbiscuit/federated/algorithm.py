@@ -80,6 +80,7 @@ def fedbiscuit_round(
         bytes_up=exchange.bytes_up,
         bytes_down=exchange.bytes_down,
         quarantined=tuple(sorted(exchange.quarantined)),
+        away=exchange.away,
     )
 
 
@@ -143,7 +144,8 @@ def local_training(round: int, cfg: FederatedSettings) -> LocalTraining:
 
 
 def _regroup(exchange: Exchange, state: ServerState, cfg: FederatedSettings, seed: int) -> Grouping:
-    asked = sample_cohort(exchange.clients, cfg.grouping_cohort, rng_for(seed, state.round, "grouping cohort"))
+    size = min(cfg.grouping_cohort, len(exchange.clients))  # some may be away
+    asked = sample_cohort(exchange.clients, size, rng_for(seed, state.round, "grouping cohort"))
     return seat_clients(exchange, asked, state, cfg, seed)
 
 
@@ -169,12 +171,15 @@ def _train_a_cohort(
 def _cohort(
     exchange: Exchange, round: int, grouping: Grouping, cfg: FederatedSettings, rng: random.Random
 ) -> list[ClientId]:
-    """Who trains in a round: in the warm-up a cohort of its own size, later perhaps as many of each group."""
-    if phase_of(round, cfg) == "warmup":
-        return sample_cohort(exchange.clients, cfg.warmup_cohort_size or cfg.cohort_size, rng)
-    if cfg.cohort_sampling == "stratified":
-        return sample_evenly({client: grouping[client] for client in exchange.clients}, cfg.cohort_size, rng)
-    return sample_cohort(exchange.clients, cfg.cohort_size, rng)
+    """Who trains in a round: in the warm-up a cohort of its own size, later perhaps as many of each group.
+
+    Where fewer clients than that are there, all of them; ``min_replies`` says how few are too few.
+    """
+    is_warmup = phase_of(round, cfg) == "warmup"
+    size = min((is_warmup and cfg.warmup_cohort_size) or cfg.cohort_size, len(exchange.clients))
+    if not is_warmup and cfg.cohort_sampling == "stratified":
+        return sample_evenly({client: grouping[client] for client in exchange.clients}, size, rng)
+    return sample_cohort(exchange.clients, size, rng)
 
 
 def _train(

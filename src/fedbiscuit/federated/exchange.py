@@ -41,9 +41,9 @@ class Lent(Mapping[int, Weights]):
 class Exchange:
     """All the talk with clients in one round, over one backend.
 
-    ``clients`` are those that can be asked, sorted. ``refused`` maps a client to why its last unusable reply was
-    refused, ``quarantined`` are those of them who sent something. ``bytes_down`` and ``bytes_up``, server to clients and
-    back: what really travelled where the backend knows it, else the data of all tensors as they would travel.
+    ``clients`` are those that can be asked, sorted; ``away`` says which sites cannot and why. ``refused`` maps a client to why
+    its last unusable reply was refused, ``quarantined`` are those of them who sent something. ``bytes_down`` (server to clients)
+    and ``bytes_up``: what really travelled where the backend knows it, else the data of all tensors as they would travel.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -51,6 +51,7 @@ class Exchange:
         self._meter = backend if isinstance(backend, Metered) else _Meter()
         self._before = self._meter.bytes_down, self._meter.bytes_up
         self.clients = _named_once(backend.clients())
+        self.away = dict(backend.away)
         self.refused: dict[ClientId, str] = {}
         self.quarantined: set[ClientId] = set()
 

@@ -41,7 +41,7 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
         _take_what_is_trained(session, settings, name, metrics)
         return
     with backend_for(session, clients) as backend:
-        settings = resolved(settings, sorted(backend.clients()), clients)
+        settings = resolved(settings, None if session.connect else sorted(backend.clients()), clients)
         found = run.load_state(name)
         state = init_state([session.lm.new_adapter(seed, "adapter", u) for u in range(settings.num_adapters)])
         if found is not None:
@@ -136,6 +136,7 @@ def _row(record: RoundRecord) -> dict[str, Any]:
         "metrics": dict(record.metrics)
         | {"delta_norm": {f"u{u}": norm for u, norm in record.metrics["delta_norm"].items()}},
         "refused": dict(record.refused),
+        **({"away": dict(record.away)} if record.away else {}),
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
     }

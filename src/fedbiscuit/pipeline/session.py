@@ -321,15 +321,15 @@ def _check_settings(run: RunDir, cfg: Config) -> None:
 
 
 def resolved(
-    settings: FederatedSettings, holders: Sequence[ClientId], clients: Mapping[ClientId, ClientData]
+    settings: FederatedSettings, holders: Sequence[ClientId] | None, clients: Mapping[ClientId, ClientData]
 ) -> FederatedSettings:
     """The baselines, as the settings that they are: centralized is one pooled client, local only an adapter for each.
 
-    holders: who can be asked. clients: the data that is here, for groups that the data names.
+    holders: who can be asked; None: they come and go. clients: the data that is here, for groups that the data names.
     """
     if settings.population == "centralized":
         return settings.model_copy(update={"num_adapters": 1, "cohort_size": 1, "warmup_rounds": 0, "min_replies": 1})
-    if settings.population == "local":
+    if settings.population == "local" and holders is not None:
         groups = {client: u for u, client in enumerate(holders)}
         update = {
             "num_adapters": len(holders),
@@ -339,6 +339,14 @@ def resolved(
             "scale": "cohort",
         }
         settings = settings.model_copy(update=update)
+    if settings.grouping == "fixed" and settings.num_adapters > 1 and not settings.groups:
+        settings = settings.model_copy(update={"groups": _groups_in_data(settings, clients)})
+    if holders is not None:
+        _check_sizes(settings, holders)
+    return settings
+
+
+def _check_sizes(settings: FederatedSettings, holders: Sequence[ClientId]) -> None:
     for key, size in (("cohort_size", settings.cohort_size), ("warmup_cohort_size", settings.warmup_cohort_size)):
         if size > len(holders):
             raise ConfigError(
@@ -353,12 +361,9 @@ def resolved(
         raise ConfigError(
             f"selectors.grouping_cohort: {settings.grouping_cohort}, but only {len(holders)} clients take part; use 0 for all"
         )
-    if settings.grouping == "fixed" and settings.num_adapters > 1 and not settings.groups:
-        settings = settings.model_copy(update={"groups": _groups_in_data(settings, clients)})
     if settings.grouping == "fixed" and settings.num_adapters > 1 and settings.groups.keys() != set(holders):
         odd = sorted(settings.groups.keys() ^ set(holders))
         raise ConfigError(f"selectors.groups: must name each client once; {len(odd)} differ, such as {odd[:3]}")
-    return settings
 
 
 def _groups_in_data(settings: FederatedSettings, clients: Mapping[ClientId, ClientData]) -> dict[ClientId, int]:
