@@ -11,13 +11,13 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help quickstart quickstart-flower test check bench quality docs clean
 
 help:
-	@echo "make quickstart   the main job on the built-in demo world (about 10 minutes on 2 cores, after the downloads)"
-	@echo "make quickstart-flower  the same world over Flower: a server and three sites, then compared with one process"
-	@echo "make test         all tests but the slow checks of quality"
-	@echo "make check        format, lint, types, import floors"
-	@echo "make bench        how fast the parts are, against the plain way of doing the same"
-	@echo "make quality      how good the method is: slow, a real model, known truth"
-	@echo "make docs         the pages of docs/ as HTML, after writing docs/settings.md and configs/schema.json again"
+	@echo "make quickstart         the main job on the built-in demo world (about 10 minutes on 2 cores, after the downloads)"
+	@echo "make quickstart-flower  real clients: a server and three sites on this machine, then compared with one process"
+	@echo "make test               all tests but the slow checks of quality"
+	@echo "make check              format, lint, types, import floors"
+	@echo "make bench              how fast the parts are, against the plain way of doing the same"
+	@echo "make quality            how good the method is: slow, a real model, known truth"
+	@echo "make docs               the pages of docs/ as HTML, after writing docs/settings.md and configs/schema.json again"
 
 quickstart: $(RUNTIME)
 	@if test -e runs/demo; then \
