@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="the first of them is left out of the medians")
     parser.add_argument("--timeout", type=float, default=1200.0)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # all that was started ends, as with Ctrl-C
     from fleet_server import StandIn, names, rounds
 
     print(f"load of this machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
