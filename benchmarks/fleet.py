@@ -30,6 +30,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 from measure import table  # noqa: E402
 
 LEAST_FREE = 2 * 2**30
+IDLE = 30
+"""Seconds in which the processes are watched while nothing is asked: SuperNodes ask for messages every three seconds."""
 SERVER = "import sys\n\nsys.path.insert(0, {here!r})\nimport fleet_server\n\nserver = fleet_server.server\n"
 KINDS = {
     "flower-superlink": "SuperLink",
@@ -57,6 +59,7 @@ def main() -> None:
     print(f"load of this machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     here: dict[int, list[dict[str, Any]]] = {}
     for size in asked.clients:
+        print(f"{size} clients in process", flush=True)
         rounds(StandIn(names(size, 1, 0)), asked.rounds, here.setdefault(size, []).append)
     with tempfile.TemporaryDirectory() as folder:
         rows, samples = over_flower(Path(folder), asked)
@@ -102,6 +105,12 @@ def over_flower(folder: Path, asked: argparse.Namespace) -> tuple[list[dict[str,
         watch = Watch()
         running.callback(watch.stop.set)
         watch.start()
+        time.sleep(IDLE)
+        (first, _, before), (last, _, after) = watch.samples[0], watch.samples[-1]
+        kinds = ("SuperLink", "SuperNode", "SuperExec")
+        per_second = {kind: (after[kind] - before.get(kind, 0.0)) / (last - first) for kind in kinds}
+        told = ", ".join(f"{kind} {1000 * used:.0f} ms" for kind, used in per_second.items())
+        print(f"CPU a second while nothing is asked, {asked.sites} sites: {told}", flush=True)
         number = submit(load(deploy), folder, rows, asked)
         wanted, seen = asked.rounds * len(asked.clients), 0
         last = time.monotonic()
