@@ -26,6 +26,7 @@ from typing import Any
 from fedbiscuit import load_config
 from fedbiscuit.config import Config, dump_config
 from fedbiscuit.data.sources import load
+from fedbiscuit.types import FedbiscuitError
 
 PROGRAM = (sys.executable, "-m", "fedbiscuit")
 SITES = ("site-a", "site-b", "site-c")
@@ -47,7 +48,9 @@ def main(words: Sequence[str]) -> int:
     if folder.exists():
         print(f"{folder} exists; to start afresh: rm -r {shlex.quote(str(folder))}", file=sys.stderr)
         return 2
-    cfg = load_config(asked.config, [*SMALLER, *asked.overrides, f"runs_dir={folder}"])
+    given = {word.partition("=")[0] for word in asked.overrides}
+    smaller = [word for word in SMALLER if word.partition("=")[0] not in given]
+    cfg = load_config(asked.config, [*smaller, *asked.overrides, f"runs_dir={folder}"])
     folder.mkdir(parents=True)
     print(f"all files and logs: {folder}", flush=True)
     clock = time.monotonic()
@@ -226,5 +229,7 @@ def _undisturbed() -> Iterator[None]:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
+    except FedbiscuitError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped")
