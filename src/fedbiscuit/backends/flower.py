@@ -23,8 +23,8 @@ POLL = 0.1
 """Seconds between two looks for replies, at first; up to ten times as many while none comes."""
 
 MESSAGE_BYTES = 2**27
-"""Of deltas in one answer. Everybody who carries it needs several times its size in memory, and SuperLink's database, which gives
-up after five seconds of waiting for a lock, did so when three sites sent twice as much at once.
+"""Of deltas in one answer. Everybody who carries it needs several times its size in memory, and SuperLink failed when three sites
+sent twice as much at once, as it does where its database is locked for more than five seconds.
 """
 
 Said = Callable[[str], None]
