@@ -4,18 +4,20 @@
 BIN := .venv/bin
 RUNTIME := .venv/.set-up-runtime
 DEV := .venv/.set-up-dev
+FLOWER := .venv/.set-up-flower
 DOCS := .venv/.set-up-docs
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help quickstart test check bench quality docs clean
+.PHONY: help quickstart quickstart-flower test check bench quality docs clean
 
 help:
-	@echo "make quickstart   the main job on the built-in demo world (about 10 minutes on 2 cores, after the downloads)"
-	@echo "make test         all tests but the slow checks of quality"
-	@echo "make check        format, lint, types, import floors"
-	@echo "make bench        how fast the parts are, against the plain way of doing the same"
-	@echo "make quality      how good the method is: slow, a real model, known truth"
-	@echo "make docs         the pages of docs/ as HTML, after writing docs/settings.md and configs/schema.json again"
+	@echo "make quickstart         the main job on the built-in demo world (about 10 minutes on 2 cores, after the downloads)"
+	@echo "make quickstart-flower  real clients: a server and three sites on this machine, then compared with one process"
+	@echo "make test               all tests but the slow checks of quality"
+	@echo "make check              format, lint, types, import floors"
+	@echo "make bench              how fast the parts are, against the plain way of doing the same"
+	@echo "make quality            how good the method is: slow, a real model, known truth"
+	@echo "make docs               the pages of docs/ as HTML, after writing docs/settings.md and configs/schema.json again"
 
 quickstart: $(RUNTIME)
 	@if test -e runs/demo; then \
@@ -24,6 +26,9 @@ quickstart: $(RUNTIME)
 	else \
 	  $(BIN)/fedbiscuit run configs/demo.yaml; \
 	fi
+
+quickstart-flower: $(FLOWER)
+	$(BIN)/python examples/quickstart_flower.py
 
 test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not quality" -n 2 --dist loadscope
@@ -54,6 +59,10 @@ $(RUNTIME): pyproject.toml constraints.txt scripts/set_up.sh
 
 $(DEV): $(RUNTIME)
 	sh scripts/set_up.sh dev
+	@touch $@
+
+$(FLOWER): $(RUNTIME)
+	sh scripts/set_up.sh flower
 	@touch $@
 
 $(DOCS): $(RUNTIME)

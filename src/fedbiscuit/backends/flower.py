@@ -1,4 +1,4 @@
-"""Clients behind Flower's SuperNodes: the same tasks, as one message a node.
+"""Clients behind Flower's SuperNodes: the same tasks, as few messages a node.
 
 A node is asked who its clients are whenever the federation asks, so nodes may come and go. Nothing waits longer than
 ``timeout``; whoever has not answered by then is a reply that says so.
@@ -7,7 +7,7 @@ A node is asked who its clients are whenever the federation asks, so nodes may c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from flwr.app import Message
@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedbiscuit.backends.bundle import Answer, Order, digest_of, pack_order, packed_adapter, unpack_answer
 from fedbiscuit.backends.flower_messages import message_bytes, record_of
-from fedbiscuit.types import ClientId, FederationError, Reply, Task
+from fedbiscuit.types import ClientId, FederationError, Reply, Task, num_bytes
 
 __all__ = ["FlowerBackend"]
 
@@ -23,6 +23,11 @@ POLL = 0.1
 """Seconds between two looks for replies, at first; up to ten times as many while none comes."""
 LOOK_EVERY = 2.0
 """Seconds between two looks at which nodes are there, while their answers are waited for, or they themselves."""
+
+MESSAGE_BYTES = 2**27
+"""Of deltas in one answer. Everybody who carries it needs several times its size in memory, and SuperLink failed when three sites
+sent twice as much at once, as it does where its database is locked for more than five seconds.
+"""
 
 Said = Callable[[str], None]
 
@@ -91,7 +96,33 @@ class FlowerBackend:
         return self._sites.get(node, f"node {node}")
 
     def run(self, tasks: Sequence[Task]) -> list[Reply]:
-        """One reply a task. A node that does not answer is a failed reply of each of its clients."""
+        """One reply a task. A node that does not answer is a failed reply of each of its clients.
+
+        A node whose deltas are too many for one message is asked several times; not again where it did not answer.
+        """
+        replies: list[Reply] = []
+        silent: dict[int, str] = {}
+        for part in self._parts(tasks):
+            owners = [self._node_of.get(task.client, 0) for task in part]
+            asked = [task for task, node in zip(part, owners, strict=True) if node not in silent]
+            left = [(task.client, node) for task, node in zip(part, owners, strict=True) if node in silent]
+            replies += [Reply(client, ok=False, error=silent[node]) for client, node in left]
+            replies += self._ask(asked, silent)
+        return replies
+
+    def _parts(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
+        """The tasks in parts in which no node has more deltas than one message should bring."""
+        trained = {id(task.adapters): task.adapters for task in tasks if task.kind == "train"}
+        largest = max((num_bytes(weights) for one in trained.values() for weights in one.values()), default=0)
+        size = max(1, MESSAGE_BYTES // largest) if largest else len(tasks)
+        places: dict[int, list[Task]] = {}
+        for task in tasks:
+            places.setdefault(self._node_of.get(task.client, 0), []).append(task)
+        for start in range(0, max(map(len, places.values()), default=0), size):
+            yield [task for found in places.values() for task in found[start : start + size]]
+
+    def _ask(self, tasks: Sequence[Task], silent: dict[int, str]) -> list[Reply]:
+        """One reply a task, with one message to each node, or two where it lacks adapters; ``silent`` gets who is, and why."""
         packed: dict[tuple[int, int], tuple[str, bytes]] = {}
         wanted: list[dict[int, str]] = []
         content: dict[str, bytes] = {}
@@ -121,6 +152,7 @@ class FlowerBackend:
             if answer.lacks and not answer.error
         }
         answers |= self._exchange(again)
+        silent |= {node: answer.error for node, answer in answers.items() if answer.error}
         replies = list(away)
         for node, found in places.items():
             replies += self._replies(node, [tasks[i].client for i in found], answers[node])
