@@ -1,0 +1,96 @@
+"""The station: a store, the person who sits at it, and the writer beside them. What the page calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from fedbiscuit.station import exchange, queue
+from fedbiscuit.station.store import Event, Presentation, Store
+from fedbiscuit.station.writing import Authors, Writer, Writing
+
+__all__ = ["Station"]
+
+T = TypeVar("T")
+
+
+class Station:
+    """One person at one store. After every change ``comparisons.jsonl`` is up to date and the writer knows. Thread-safe."""
+
+    def __init__(
+        self,
+        store: Store,
+        person: str = "me",
+        asking: queue.Asking | None = None,
+        authors: Callable[[], Authors] | None = None,
+        run: Path | None = None,
+        site: Path | None = None,
+    ) -> None:
+        """authors: from ``writing.authors_of``; None: nothing is written here, only pairs that exist are compared.
+        run, site: folders for ``looking``.
+        """
+        self.store, self.person, self.asking = store, person, asking or queue.Asking()
+        self.run, self.site = run, site
+        self.writer = Writer(store, person, authors) if authors is not None else None
+
+    def close(self) -> None:
+        """Stop the writer; the store stays open."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def present(self, blind: bool = False) -> Presentation | None:
+        """What the person sees now; None: nothing is left (the writer may be at work)."""
+        return queue.present(self.store, self.person, replace(self.asking, blind=blind))
+
+    def progress(self, blind: bool = False) -> queue.Progress:
+        """How far the person is."""
+        return queue.progress(self.store, self.person, replace(self.asking, blind=blind))
+
+    def consistency(self) -> queue.Consistency:
+        """How far the person's answers can be relied on."""
+        return queue.consistency(self.store.history(self.person))
+
+    def writing(self) -> Writing | None:
+        """What the writer does; None: there is none."""
+        return None if self.writer is None else self.writer.status()
+
+    def judge(self, token: str, picked: Literal[0, 1] | None, seconds: float | None = None, reason: str = "") -> Event:
+        """As ``Store.judge``."""
+        return self._changed(self.store.judge(token, picked, seconds, reason))
+
+    def skip(self, token: str, seconds: float | None = None, reason: str = "") -> Event:
+        """As ``Store.skip``."""
+        return self._changed(self.store.skip(token, seconds, reason))
+
+    def flag(self, token: str, reason: str = "") -> Event:
+        """As ``Store.flag``."""
+        return self._changed(self.store.flag(token, reason))
+
+    def undo(self, token: str | None = None) -> Presentation | None:
+        """As ``Store.undo``. Give the token that ``Progress.last`` named, so that two clicks are one undo."""
+        return self._changed(self.store.undo(self.person, token))
+
+    def ask(self, prompts: list[str], blind: bool = False) -> int:
+        """Add prompts for the writer; how many were new. Blank ones are left out."""
+        texts = [text.strip() for text in prompts if text.strip()]
+        return self._changed(self.store.add_prompts(texts, blind))
+
+    def forget_pair(self, id: str) -> None:
+        """As ``Store.forget_pair``."""
+        self._changed(self.store.forget_pair(id))
+
+    def forget_person(self) -> None:
+        """As ``Store.forget_person``, of the one who sits here."""
+        self._changed(self.store.forget_person(self.person))
+
+    def forget_all(self) -> None:
+        """As ``Store.forget_all``."""
+        self._changed(self.store.forget_all())
+
+    def _changed(self, result: T) -> T:
+        exchange.refresh(self.store)
+        if self.writer is not None:
+            self.writer.nudge()
+        return result

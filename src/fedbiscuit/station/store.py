@@ -1,0 +1,563 @@
+"""The station's store: one SQLite file with prompts, pairs, what was shown, and an append-only history.
+
+```
+~/.fedbiscuit/station/   0700
+  station.sqlite         0600, with -wal and -shm beside it while it is open
+  comparisons.jsonl      0600, derived from it (``exchange.py``)
+```
+
+A transaction is on the disk before its call returns, so a crash loses at most the click in flight. Every showing of a pair
+has a token, and a token is answered once: a second click, tab or request changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from fedbiscuit.rundir.disk import disk_faults
+from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, IntegrityError, seed_for
+
+__all__ = ["DATABASE", "Event", "Pair", "Presentation", "Prompt", "Store", "pair_id", "utc_now"]
+
+DATABASE = "station.sqlite"
+VERSION = 1
+MAX_REASON = 4000
+"""Characters of a reason; what is longer is cut off."""
+
+Kind = Literal["judged", "skipped", "undone", "flagged"]
+
+SCHEMA = """
+CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE prompts (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, text TEXT NOT NULL, blind INTEGER NOT NULL,
+  state TEXT NOT NULL CHECK (state IN ('waiting', 'written', 'failed')), error TEXT NOT NULL DEFAULT '',
+  time TEXT NOT NULL, UNIQUE (text, blind)
+) STRICT;
+CREATE TABLE pairs (
+  number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+  prompt TEXT NOT NULL, output_a TEXT NOT NULL, output_b TEXT NOT NULL,
+  source_a TEXT NOT NULL, source_b TEXT NOT NULL, blind INTEGER NOT NULL, time TEXT NOT NULL
+) STRICT;
+CREATE TABLE disagreements (
+  pair TEXT NOT NULL REFERENCES pairs (id) ON DELETE CASCADE, selectors TEXT NOT NULL, value REAL NOT NULL,
+  PRIMARY KEY (pair, selectors)
+) STRICT;
+CREATE TABLE presentations (
+  number INTEGER PRIMARY KEY AUTOINCREMENT, token TEXT NOT NULL UNIQUE, person TEXT NOT NULL,
+  pair TEXT NOT NULL REFERENCES pairs (id) ON DELETE CASCADE,
+  showing INTEGER NOT NULL, attempt INTEGER NOT NULL, swapped INTEGER NOT NULL, time TEXT NOT NULL,
+  UNIQUE (person, pair, showing, attempt)
+) STRICT;
+CREATE TABLE history (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  kind TEXT NOT NULL CHECK (kind IN ('judged', 'skipped', 'undone', 'flagged')),
+  token TEXT NOT NULL REFERENCES presentations (token) ON DELETE CASCADE,
+  choice INTEGER CHECK (choice IN (0, 1)), seconds REAL, reason TEXT NOT NULL DEFAULT '', time TEXT NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX answered_once ON history (token) WHERE kind IN ('judged', 'skipped');
+CREATE UNIQUE INDEX undone_once ON history (token) WHERE kind = 'undone';
+CREATE TRIGGER append_only BEFORE UPDATE ON history BEGIN SELECT RAISE(ABORT, 'history is append-only'); END;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What somebody asked; ``state`` says whether answers have been written. error: why they could not be.
+
+    blind: it is for the blind test, where two policies answer it.
+    """
+
+    id: int
+    text: str
+    blind: bool
+    state: Literal["waiting", "written", "failed"]
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and two answers, each with where it is from: ``imported``, or the model or policy that wrote it.
+
+    blind: it compares two policies (``writing.py``); such a judgement measures them and is no training comparison.
+    """
+
+    id: str
+    prompt: str
+    output_a: str
+    output_b: str
+    source_a: str = "imported"
+    source_b: str = "imported"
+    blind: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        prompt: str,
+        output_a: str,
+        output_b: str,
+        source_a: str = "imported",
+        source_b: str = "imported",
+        blind: bool = False,
+    ) -> Pair:
+        """A pair with its id."""
+        return cls(pair_id(prompt, output_a, output_b), prompt, output_a, output_b, source_a, source_b, blind)
+
+
+@dataclass(frozen=True, slots=True)
+class Presentation:
+    """One showing of a pair to a person. showing: 0 the first time, 1 the repeat. swapped: ``output_b`` stands first."""
+
+    token: str
+    person: str
+    pair: Pair
+    showing: int
+    swapped: bool
+
+    @property
+    def first(self) -> str:
+        """The answer on the left, or above."""
+        return self.pair.output_b if self.swapped else self.pair.output_a
+
+    @property
+    def second(self) -> str:
+        """The answer on the right, or below."""
+        return self.pair.output_a if self.swapped else self.pair.output_b
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A line of the history. choice: 0 ``output_a``, 1 ``output_b``, None a tie; in the pair's own order, not the shown one.
+
+    undone: whether a later line takes this one back. seconds: how long the person took, as the page says. time: UTC.
+    """
+
+    number: int
+    kind: Kind
+    token: str
+    person: str
+    pair: str
+    showing: int
+    swapped: bool
+    choice: Literal[0, 1] | None
+    seconds: float | None
+    reason: str
+    time: str
+    undone: bool = False
+
+    @property
+    def first_preferred(self) -> bool | None:
+        """Whether the answer that was shown first was preferred; None for a tie."""
+        return None if self.choice is None else (self.choice == 0) != self.swapped
+
+
+def pair_id(prompt: str, output_a: str, output_b: str) -> str:
+    """32 hex digits that depend on the prompt and both answers, not on their order."""
+    parts = [prompt, *sorted((output_a, output_b))]
+    text = "\x00".join(f"{len(part)}:{part}" for part in parts)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def utc_now() -> str:
+    """``2026-01-31T12:00:00.123Z``."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Store:
+    """An open store. Any thread may call it; calls take turns."""
+
+    def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
+        self.folder = folder
+        self._connection = connection
+        self._lock = threading.RLock()
+        self.seed = int(self._one("SELECT value FROM facts WHERE key = 'seed'")[0])
+
+    @classmethod
+    def open(cls, folder: str | Path, seed: int | None = None) -> Store:
+        """Open the store of a folder, or make it. seed: of the orders in a new one; drawn if not given.
+
+        A folder that others may read is a ``ConfigError``, a store of a newer version an ``EnvironmentFault``, a file that is
+        no such store an ``IntegrityError``.
+        """
+        folder = Path(folder).expanduser()
+        _private_folder(folder)
+        path = folder / DATABASE
+        with disk_faults(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            os.fchmod(descriptor, 0o600)  # SQLite gives -wal and -shm the same mode
+            os.close(descriptor)
+        connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        try:
+            _prepare(connection, path, seed)
+            return cls(folder, connection)
+        except sqlite3.Error as error:
+            connection.close()
+            raise _fault(error, path) from error
+        except BaseException:
+            connection.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; the log beside it goes into it."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What is asked
+
+    def add_prompts(self, texts: Sequence[str], blind: bool = False) -> int:
+        """Add prompts that wait for answers, or for those of the blind test; how many were new."""
+        query = "INSERT OR IGNORE INTO prompts (text, blind, state, time) VALUES (?, ?, 'waiting', ?)"
+        with self._transaction() as db:
+            return sum(db.execute(query, (text, int(blind), utc_now())).rowcount for text in texts)
+
+    def prompts(self, state: str | None = None) -> list[Prompt]:
+        """All prompts, oldest first, or those of one state."""
+        query = "SELECT id, text, blind, state, error FROM prompts WHERE ?1 IS NULL OR state = ?1 ORDER BY id"
+        return [Prompt(id, text, bool(blind), *rest) for id, text, blind, *rest in self._all(query, state)]
+
+    def count_prompts(self, state: str, blind: bool) -> int:
+        """How many prompts of the blind test, or of all others, are in this state."""
+        return int(self._one("SELECT count(*) FROM prompts WHERE state = ? AND blind = ?", state, int(blind))[0])
+
+    def answered(self, prompt: Prompt, pair: Pair) -> bool:
+        """Keep what was written for a prompt; False where somebody has removed the prompt since."""
+        with self._transaction() as db:
+            if not db.execute("UPDATE prompts SET state = 'written', error = '' WHERE id = ?", (prompt.id,)).rowcount:
+                return False
+            _insert_pair(db, pair)
+        return True
+
+    def failed(self, prompt: Prompt, error: str) -> None:
+        """Note that answers to a prompt could not be written, and why."""
+        with self._transaction() as db:
+            db.execute("UPDATE prompts SET state = 'failed', error = ? WHERE id = ?", (error, prompt.id))
+
+    def retry(self) -> int:
+        """Let prompts that failed wait again; how many."""
+        with self._transaction() as db:
+            return db.execute("UPDATE prompts SET state = 'waiting', error = '' WHERE state = 'failed'").rowcount
+
+    def add_pairs(self, pairs: Sequence[Pair]) -> int:
+        """Add pairs; how many were new. A pair that is there already, in either order, stays as it is."""
+        with self._transaction() as db:
+            return sum(_insert_pair(db, pair) for pair in pairs)
+
+    def pairs(self) -> list[Pair]:
+        """All pairs, in the order in which they came."""
+        return [_pair(row) for row in self._all(f"SELECT {_PAIR} FROM pairs ORDER BY number")]
+
+    def pair(self, id: str) -> Pair:
+        """One pair; ``DataError`` if it is not there."""
+        rows = self._all(f"SELECT {_PAIR} FROM pairs WHERE id = ?", id)
+        if not rows:
+            raise DataError(f"pair {id[:40]!r}: not in this store; it may have been deleted")
+        return _pair(rows[0])
+
+    def pair_ids(self, blind: bool) -> list[str]:
+        """The ids of the pairs of the blind test, or of all others."""
+        return [row[0] for row in self._all("SELECT id FROM pairs WHERE blind = ? ORDER BY number", int(blind))]
+
+    def put_disagreements(self, selectors: str, values: dict[str, float]) -> None:
+        """Keep how much the selectors with this digest disagree on pairs (``queue.py``)."""
+        with self._transaction() as db:
+            for pair, value in values.items():
+                db.execute(
+                    "INSERT OR REPLACE INTO disagreements SELECT id, ?, ? FROM pairs WHERE id = ?",
+                    (selectors, value, pair),
+                )
+
+    def disagreements(self, selectors: str) -> dict[str, float]:
+        """By pair, as far as it is known."""
+        return dict(self._all("SELECT pair, value FROM disagreements WHERE selectors = ?", selectors))
+
+    # What is shown and answered
+
+    def open_presentation(self, person: str, blind: bool = False) -> Presentation | None:
+        """What this person sees now: the latest showing without an answer. So a reload shows the same."""
+        rows = self._all(
+            f"SELECT {_PRESENTATION} FROM presentations s JOIN pairs p ON p.id = s.pair "
+            "WHERE person = ? AND p.blind = ? AND NOT EXISTS "
+            "(SELECT 1 FROM history WHERE token = s.token AND kind IN ('judged', 'skipped')) ORDER BY s.number DESC LIMIT 1",
+            person,
+            int(blind),
+        )
+        return self._presentation(rows[0]) if rows else None
+
+    def presentation(self, token: str) -> Presentation:
+        """What was shown under a token; ``DataError`` if nothing was."""
+        rows = self._all(f"SELECT {_PRESENTATION} FROM presentations s WHERE token = ?", token)
+        if not rows:
+            raise DataError("this page is not known here (any more): the pair may have been deleted; reload the page")
+        return self._presentation(rows[0])
+
+    def show(self, person: str, pair: str, showing: int, swapped: bool) -> Presentation:
+        """Note that a pair is shown. The same (person, pair, showing) has one token until it is undone."""
+        with self._transaction() as db:
+            attempt = db.execute(
+                "SELECT count(*) FROM history h JOIN presentations s USING (token) "
+                "WHERE h.kind = 'undone' AND s.person = ? AND s.pair = ? AND s.showing = ?",
+                (person, pair, showing),
+            ).fetchone()[0]
+            token = f"{seed_for(self.seed, person, pair, showing, attempt):016x}{pair[:8]}"
+            db.execute(
+                "INSERT OR IGNORE INTO presentations (token, person, pair, showing, attempt, swapped, time) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (token, person, pair, showing, attempt, int(swapped), utc_now()),
+            )
+        return self.presentation(token)
+
+    def judge(self, token: str, picked: Literal[0, 1] | None, seconds: float | None = None, reason: str = "") -> Event:
+        """Keep a judgement. picked: 0 the answer shown first, 1 the second, None a tie or "can't say".
+
+        A token that has its answer already keeps it: the event that is there comes back.
+        """
+        swapped = self.presentation(token).swapped
+        choice = None if picked is None else picked ^ int(swapped)
+        return self._answer("judged", token, choice, seconds, reason)
+
+    def skip(self, token: str, seconds: float | None = None, reason: str = "") -> Event:
+        """Keep that a pair was passed over; it does not come again to this person, unless that is undone."""
+        self.presentation(token)
+        return self._answer("skipped", token, None, seconds, reason)
+
+    def flag(self, token: str, reason: str = "") -> Event:
+        """Keep that something is wrong with a pair. It stays open, or judged as it was."""
+        self.presentation(token)
+        with self._transaction() as db:
+            number = _append(db, "flagged", token, None, None, reason)
+        return self.event(number)
+
+    def undo(self, person: str, token: str | None = None) -> Presentation | None:
+        """Take back this person's last answer, or the one of ``token``, by a line of its own; the pair is shown again.
+
+        The same undo twice is one. None where there is nothing to take back.
+        """
+        with self._transaction() as db:
+            rows = db.execute(
+                f"SELECT {_PRESENTATION} FROM history h JOIN presentations s USING (token) "
+                "WHERE h.kind IN ('judged', 'skipped') AND s.person = ?1 AND (?2 IS NULL OR token = ?2) AND NOT EXISTS "
+                "(SELECT 1 FROM history u WHERE u.token = h.token AND u.kind = 'undone') ORDER BY h.number DESC LIMIT 1",
+                (person, token),
+            ).fetchall()
+            if not rows:
+                return None
+            shown = self._presentation(rows[0])
+            _append(db, "undone", shown.token, None, None, "")
+            return self.show(person, shown.pair.id, shown.showing, shown.swapped)
+
+    def history(self, person: str | None = None) -> list[Event]:
+        """All lines, oldest first, of one person or of everybody."""
+        rows = self._all(f"{_HISTORY} WHERE ?1 IS NULL OR s.person = ?1 ORDER BY h.number", person)
+        return [_event(row) for row in rows]
+
+    def event(self, number: int) -> Event:
+        """One line of the history."""
+        return _event(self._all(f"{_HISTORY} WHERE h.number = ?", number)[0])
+
+    def people(self) -> list[str]:
+        """Who has been shown something, sorted."""
+        return [row[0] for row in self._all("SELECT DISTINCT person FROM presentations ORDER BY person")]
+
+    # Forgetting
+
+    def forget_pair(self, id: str) -> None:
+        """Remove a pair, all that was said about it, and its prompt if no other pair has it; from the disk too."""
+        prompt = self.pair(id).prompt
+        with self._transaction() as db:
+            db.execute("DELETE FROM pairs WHERE id = ?", (id,))
+            db.execute(
+                "DELETE FROM prompts WHERE text = ?1 AND NOT EXISTS (SELECT 1 FROM pairs WHERE prompt = ?1)", (prompt,)
+            )
+        self._wipe()
+
+    def forget_person(self, person: str) -> None:
+        """Remove all that one person was shown and said; pairs and prompts stay."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM presentations WHERE person = ?", (person,))
+        self._wipe()
+
+    def forget_all(self) -> None:
+        """Remove everything: prompts, pairs, history."""
+        with self._transaction() as db:
+            for table in ("prompts", "pairs", "presentations", "history", "sqlite_sequence"):
+                db.execute(f"DELETE FROM {table}")
+        self._wipe()
+
+    def _wipe(self) -> None:
+        """Free pages are zeroed when they are freed (secure_delete); here the file is written anew and the log emptied."""
+        with self._lock, self._faults():
+            self._connection.execute("VACUUM")
+            busy = self._one("PRAGMA wal_checkpoint(TRUNCATE)")[0]
+        if busy:
+            raise EnvironmentFault(
+                f"{self.folder / DATABASE}: deleted, but another process reads the store, so copies may stay in its log; "
+                "close the other station, then delete again"
+            )
+
+    # Below
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Several calls of this process as one, so that no other thread comes between."""
+        with self._lock:
+            yield
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, on the disk at the end; inside another one, part of it."""
+        with self._lock, self._faults():
+            if self._connection.in_transaction:
+                yield self._connection
+                return
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def _answer(self, kind: Kind, token: str, choice: int | None, seconds: float | None, reason: str) -> Event:
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT number FROM history WHERE token = ? AND kind IN ('judged', 'skipped')", (token,)
+            ).fetchall()
+            number = rows[0][0] if rows else _append(db, kind, token, choice, seconds, reason)
+        return self.event(number)
+
+    def _presentation(self, row: Sequence[Any]) -> Presentation:
+        token, person, pair, showing, swapped = row
+        return Presentation(token, person, self.pair(pair), showing, bool(swapped))
+
+    def _all(self, query: str, *values: Any) -> list[Any]:
+        with self._lock, self._faults():
+            return self._connection.execute(query, values).fetchall()
+
+    def _one(self, query: str, *values: Any) -> Any:
+        return self._all(query, *values)[0]
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise _fault(error, self.folder / DATABASE) from error
+
+
+_PAIR = "id, prompt, output_a, output_b, source_a, source_b, blind"
+_PRESENTATION = "s.token, s.person, s.pair, s.showing, s.swapped"
+_HISTORY = (
+    "SELECT h.number, h.kind, h.token, s.person, s.pair, s.showing, s.swapped, h.choice, h.seconds, h.reason, h.time, "
+    "h.kind != 'undone' AND EXISTS (SELECT 1 FROM history u WHERE u.token = h.token AND u.kind = 'undone') "
+    "FROM history h JOIN presentations s USING (token)"
+)
+
+
+def _pair(row: Sequence[Any]) -> Pair:
+    return Pair(*row[:6], blind=bool(row[6]))
+
+
+def _event(row: Sequence[Any]) -> Event:
+    return Event(*row[:6], bool(row[6]), *row[7:11], undone=bool(row[11]))
+
+
+def _insert_pair(db: sqlite3.Connection, pair: Pair) -> int:
+    return db.execute(
+        f"INSERT OR IGNORE INTO pairs ({_PAIR}, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            pair_id(pair.prompt, pair.output_a, pair.output_b),
+            pair.prompt,
+            pair.output_a,
+            pair.output_b,
+            pair.source_a,
+            pair.source_b,
+            int(pair.blind),
+            utc_now(),
+        ),
+    ).rowcount
+
+
+def _append(
+    db: sqlite3.Connection, kind: Kind, token: str, choice: int | None, seconds: float | None, reason: str
+) -> int:
+    taken = seconds if seconds is not None and 0 <= seconds < 1e6 else None  # NaN is none of these
+    row = (kind, token, choice, taken, reason[:MAX_REASON], utc_now())
+    found = db.execute(
+        "INSERT INTO history (kind, token, choice, seconds, reason, time) VALUES (?, ?, ?, ?, ?, ?)", row
+    ).lastrowid
+    assert found is not None
+    return found
+
+
+def _private_folder(folder: Path) -> None:
+    """The folder, for its owner alone. One that holds other things is not closed without being asked."""
+    with disk_faults(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid != os.geteuid():
+            raise ConfigError(f"{folder}: belongs to another user; name a folder of yours with --folder")
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            if any(folder.iterdir()):
+                raise ConfigError(f"{folder}: others on this machine may read it; close it with `chmod 700 {folder}`")
+            folder.chmod(0o700)
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> None:
+    """Durable, private, of this version."""
+    for pragma in (
+        "journal_mode = WAL",
+        "synchronous = FULL",
+        "secure_delete = ON",
+        "foreign_keys = ON",
+        "temp_store = MEMORY",  # VACUUM would write a copy of all texts to /tmp
+        "trusted_schema = OFF",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+    connection.execute("BEGIN IMMEDIATE")
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > VERSION:
+        connection.execute("ROLLBACK")
+        raise EnvironmentFault(
+            f"{path}: written by a newer fedbiscuit (version {version} of the store, this one reads up to {VERSION}); "
+            "install the newer one: pip install -U fedbiscuit"
+        )
+    if version == 0:
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            connection.execute("ROLLBACK")
+            raise IntegrityError(
+                f"{path}: a database, but none of the station's; move it away, or name another --folder"
+            )
+        for statement in SCHEMA.split(";\n"):
+            if statement.strip():
+                connection.execute(statement)
+        drawn = secrets.randbits(62) if seed is None else seed
+        connection.execute("INSERT INTO facts VALUES ('seed', ?)", (str(drawn),))
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+    connection.execute("COMMIT")
+
+
+def _fault(error: sqlite3.Error, path: Path) -> EnvironmentFault | IntegrityError:
+    code = getattr(error, "sqlite_errorname", "")
+    if code.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
+        return IntegrityError(
+            f"{path}: no store that can be read ({error}); take it from a backup, or name another --folder"
+        )
+    if code.startswith("SQLITE_FULL"):
+        return EnvironmentFault(f"{path}: the disk is full; make room. What was answered before is kept")
+    return EnvironmentFault(f"{path}: {error}; check the disk, its rights, and whether another station holds the file")
