@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from fedbiscuit.station import exchange, queue
-from fedbiscuit.station.store import Event, Presentation, Store
+from fedbiscuit.station.nouns import Event, Presentation
+from fedbiscuit.station.store import Store
 from fedbiscuit.station.writing import Authors, Writer, Writing
 
 __all__ = ["Station"]
@@ -79,15 +80,23 @@ class Station:
 
     def forget_pair(self, id: str) -> None:
         """As ``Store.forget_pair``."""
-        self._changed(self.store.forget_pair(id))
+        self.store.forget_pair(id)
+        self._changed(None)
+
+    def forget_prompt(self, id: int) -> None:
+        """As ``Store.forget_prompt``."""
+        self.store.forget_prompt(id)
+        self._changed(None)
 
     def forget_person(self) -> None:
         """As ``Store.forget_person``, of the one who sits here."""
-        self._changed(self.store.forget_person(self.person))
+        self.store.forget_person(self.person)
+        self._changed(None)
 
     def forget_all(self) -> None:
         """As ``Store.forget_all``."""
-        self._changed(self.store.forget_all())
+        self.store.forget_all()
+        self._changed(None)
 
     def _changed(self, result: T) -> T:
         exchange.refresh(self.store)
