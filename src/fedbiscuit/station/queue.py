@@ -117,7 +117,8 @@ def next_showing(
     """The next of ``pairs`` for a person with these events: a repeat where one is due, else a pair not yet answered."""
     among = set(pairs)
     answered = [event for event in _answers(events) if event.pair in among]
-    new = [pair for pair in pairs if pair not in {event.pair for event in answered}]
+    seen = {event.pair for event in answered}
+    new = [pair for pair in pairs if pair not in seen]
     again = _due_repeat(answered, seed, person, how.repeat_every, bool(new))
     if again is not None:
         return Showing(again.pair, 1, not again.swapped)

@@ -349,13 +349,14 @@ _HISTORY = (
 
 
 def _pair(row: Any) -> Pair:
-    *texts, blind = row
-    return Pair(*texts, blind=bool(blind))
+    id, prompt, output_a, output_b, source_a, source_b, blind = row
+    return Pair(id, prompt, output_a, output_b, source_a, source_b, bool(blind))
 
 
 def _event(row: Any) -> Event:
-    number, kind, token, person, pair, showing, swapped, *said, undone = row
-    return Event(number, kind, token, person, pair, showing, bool(swapped), *said, undone=bool(undone))
+    number, kind, token, person, pair, showing, swapped, choice, seconds, reason, time, undone = row
+    place = (number, kind, token, person, pair, showing, bool(swapped))
+    return Event(*place, choice, seconds, reason, time, bool(undone))
 
 
 def _insert_pair(db: sqlite3.Connection, pair: Pair) -> int:
