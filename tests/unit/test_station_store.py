@@ -118,7 +118,13 @@ def test_a_pair_is_one_pair_in_either_order(store):
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("", "empty"), (" \n", "empty"), ("a\x00b", "NUL"), ("a\ud800b", "half of a character"), ("x" * (1 << 20), "shorten")],
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("a\x00b", "NUL"),
+        ("a\ud800b", "half of a character"),
+        ("x" * (1 << 20), "shorten"),
+    ],
 )
 def test_fault_04_05_texts_that_an_export_could_not_carry_are_refused(store, text, why):
     with pytest.raises(DataError, match=why):
@@ -227,7 +233,9 @@ def confessed(tmp_path: Path):
     station = Station(store, "ann")
     for person in ("ann", "bo"):
         for pair in (BASIL, secret):
-            store.judge(store.show(person, pair.id, 0, False).token, 0, 3.0, SECRETS["reason"] if pair == secret else "")
+            store.judge(
+                store.show(person, pair.id, 0, False).token, 0, 3.0, SECRETS["reason"] if pair == secret else ""
+            )
     station.settle()
     refresh(store)
     for text in SECRETS.values():
