@@ -83,7 +83,22 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
 
 
 @pytest.mark.parametrize(
-    "name", ["run", "train", "label", "align", "evaluate", "judge", "report", "export", "push", "config", "data check"]
+    "name",
+    [
+        "run",
+        "train",
+        "label",
+        "align",
+        "evaluate",
+        "judge",
+        "report",
+        "export",
+        "push",
+        "config",
+        "data check",
+        "station",
+        "station export",
+    ],
 )
 def test_the_help_of_each_command_has_a_purpose_and_an_example(name, capsys):
     assert cli.main([*name.split(), "--help"]) == 0
