@@ -11,14 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedbiscuit import cli
 from fedbiscuit.config import ModelSettings
 from fedbiscuit.data.comparisons import COMPARISONS, check_files
+from fedbiscuit.models.pretrained import Selector
+from fedbiscuit.rundir.adapters import write_adapter
 from fedbiscuit.station.database import DATABASE
 from fedbiscuit.station.exchange import records
 from fedbiscuit.station.nouns import Pair
-from fedbiscuit.station.queue import Asking
+from fedbiscuit.station.queue import Asking, disagreement
+from fedbiscuit.station.scoring import digest_of_selectors, readers_of
 from fedbiscuit.station.station import Station
 from fedbiscuit.station.store import Store
 from fedbiscuit.station.writing import authors_of
@@ -156,16 +160,77 @@ def test_looking_at_and_importing_into_a_station_loads_neither_torch_nor_a_web_f
 # With a model
 
 
-def test_a_tiny_model_answers_and_the_aligned_policy_of_a_run_is_tested_blind(tmp_path, tiny_model):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model, load_tiny) -> Path:
+    """A run's folder with a policy and two selectors, whose adapters are noise."""
+    lm, run = load_tiny(), tmp_path_factory.mktemp("runs") / "noisy"
+    run.mkdir()
+    settings = f"name: noisy\nmodel: {{base: '{tiny_model}', device: cpu}}\ngeneration: {{max_new_tokens: 8, temperature: 1.0}}\n"
+    (run / "config.yaml").write_text(settings + "data: {max_tokens: 400}\n")
+    (run / "selectors").mkdir()
+    for number, place in enumerate(("policy", "selectors/u0", "selectors/u1")):
+        generator = torch.Generator().manual_seed(number)
+        weights = {name: torch.randn(w.shape, generator=generator) for name, w in lm.new_adapter("x").items()}
+        write_adapter(run / place, weights, lm.adapter_config(), "", base=lm.digest)
+    return run
+
+
+def test_a_model_writes_both_answers_and_the_same_store_gives_the_same_ones(tmp_path, tiny_model):
+    written = []
+    for name in ("first", "second"):
+        with Store.open(tmp_path / name, seed=1) as store:
+            station = Station(store, "ann", authors=authors_of(str(tiny_model), max_new_tokens=8, device="cpu"))
+            station.ask(["one", "two"])
+            assert station.writer is not None
+            assert station.writer.settle(300)
+            station.close()
+            assert store.prompts("failed") == []
+            written.append(store.pairs())
+    assert written[0] == written[1]
+    assert {pair.prompt for pair in written[0]} == {"one", "two"}
+    assert all(pair.source_a == pair.source_b == f"model {tiny_model.name}" for pair in written[0])
+
+
+def test_the_policy_of_a_run_writes_and_is_set_against_the_raw_model_and_its_selectors_say_what_to_ask(
+    tmp_path, trained
+):
+    asking = Asking(0, digest_of_selectors(trained), 0.0)
     with Store.open(tmp_path / "station", seed=1) as store:
-        station = Station(store, "ann", authors=authors_of(str(tiny_model), max_new_tokens=8, device="cpu"))
-        station.ask(["one", "two"])
+        station = Station(store, "ann", asking, authors_of("", trained), readers_of(trained))
+        station.ask(["one", "two", "three"])
+        station.ask(["one"], blind=True)
         assert station.writer is not None
         assert station.writer.settle(300)
-        assert station.writing().error == ""
-        assert {pair.prompt for pair in store.pairs()} == {"one", "two"}
-        assert all(pair.source_a.startswith("model ") for pair in store.pairs())
+        assert store.prompts("failed") == []
+        [blind] = [pair for pair in store.pairs() if pair.blind]
+        assert (blind.source_a[:6], blind.source_b[:13]) == ("model ", "policy noisy ")
+        assert blind.output_a != blind.output_b
+        usual = [pair for pair in store.pairs() if not pair.blind]
+        assert {pair.source_a for pair in usual} == {blind.source_b}
+        station.ask([])
+        assert station._scorer is not None
+        assert station._scorer.settle(300)
+        assert station.problem() == ""
+        known = store.disagreements(asking.selectors)
+        assert known.keys() == {pair.id for pair in usual}
+        assert station.present().pair.id == max(known, key=known.__getitem__)
+        each = Selector.from_pretrained(trained).choose_each([(p.prompt, p.output_a, p.output_b) for p in usual])
+        assert [known[pair.id] for pair in usual] == pytest.approx([disagreement(one) for one in each])
+        assert all(len(one) == 2 for one in each)
+        voted = Selector.from_pretrained(trained).choose([(p.prompt, p.output_a, p.output_b) for p in usual])
+        assert voted == pytest.approx([sum(one) / 2 for one in each])
         station.close()
+
+
+def test_a_prompt_longer_than_the_model_reads_says_so(tmp_path, tiny_model):
+    with Store.open(tmp_path / "station", seed=1) as store:
+        store.add_prompts(["long " * 2000])
+        station = Station(store, "ann", authors=authors_of(str(tiny_model), device="cpu"))
+        assert station.writer is not None
+        assert station.writer.settle(300)
+        station.close()
+        [failed] = store.prompts("failed")
+        assert "tokens, and" in failed.error
 
 
 @pytest.mark.real

@@ -119,7 +119,7 @@ def test_light_commands_load_nothing_heavy(words, tmp_path):
     (tmp_path / "a.yaml").write_text("seed: 1\n")
     row = {"prompt": "p", "output_a": "x", "output_b": "y", "choice": 0, "client": "ann"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    heavy = "torch transformers peft matplotlib datasets trl scipy safetensors"
+    heavy = "torch transformers peft matplotlib datasets trl scipy safetensors fastapi uvicorn"
     program = (
         f"import sys; from fedbiscuit.cli import main; code = main({words!r}); "
         f"print('LOADED', code, [name for name in {heavy!r}.split() if name in sys.modules])"
