@@ -11,7 +11,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedbiscuit.station.store import Event, Presentation, Store
+from fedbiscuit.station.nouns import Event, Presentation
+from fedbiscuit.station.store import Store
 from fedbiscuit.types import rng_for, seed_for
 
 __all__ = [
@@ -79,7 +80,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Consistency:
-    """How a person judges. choices: answers that were no ties, repeats among them; first: how many went to the answer shown first.
+    """How a person judges. choices: answers that were no ties, also of repeats; first: how many went to the answer shown first.
 
     repeats: pairs with a choice both times; same: how many times it was the same answer; both_first, both_second: the other
     times, when it was the same place.
@@ -116,7 +117,8 @@ def next_showing(
     """The next of ``pairs`` for a person with these events: a repeat where one is due, else a pair not yet answered."""
     among = set(pairs)
     answered = [event for event in _answers(events) if event.pair in among]
-    new = [pair for pair in pairs if pair not in {event.pair for event in answered}]
+    seen = {event.pair for event in answered}
+    new = [pair for pair in pairs if pair not in seen]
     again = _due_repeat(answered, seed, person, how.repeat_every, bool(new))
     if again is not None:
         return Showing(again.pair, 1, not again.swapped)

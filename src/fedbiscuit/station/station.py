@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from fedbiscuit.station import exchange, queue
-from fedbiscuit.station.store import Event, Presentation, Store
+from fedbiscuit.station.background import Background
+from fedbiscuit.station.nouns import Event, Presentation
+from fedbiscuit.station.store import Store
 from fedbiscuit.station.writing import Authors, Writer, Writing
 
 __all__ = ["Station"]
@@ -17,7 +19,10 @@ T = TypeVar("T")
 
 
 class Station:
-    """One person at one store. After every change ``comparisons.jsonl`` is up to date and the writer knows. Thread-safe."""
+    """One person at one store. After every change the writer knows, and ``comparisons.jsonl`` follows in a moment. Thread-safe.
+
+    What is deleted is gone from both when the call returns.
+    """
 
     def __init__(
         self,
@@ -33,12 +38,24 @@ class Station:
         """
         self.store, self.person, self.asking = store, person, asking or queue.Asking()
         self.run, self.site = run, site
+        exchange.refresh(store)  # a crash may have come between the two
+        self._mirror = Background("comparisons.jsonl", self._refresh)
         self.writer = Writer(store, person, authors) if authors is not None else None
 
     def close(self) -> None:
-        """Stop the writer; the store stays open."""
+        """Stop the writer and bring ``comparisons.jsonl`` up to date; the store stays open."""
         if self.writer is not None:
             self.writer.close()
+        self._mirror.close()
+        exchange.refresh(self.store)
+
+    def settle(self) -> None:
+        """Wait until ``comparisons.jsonl`` is up to date."""
+        self._mirror.settle()
+
+    def problem(self) -> str:
+        """Why ``comparisons.jsonl`` could not be written, a sentence; "" if it could."""
+        return self._mirror.error
 
     def present(self, blind: bool = False) -> Presentation | None:
         """What the person sees now; None: nothing is left (the writer may be at work)."""
@@ -79,18 +96,34 @@ class Station:
 
     def forget_pair(self, id: str) -> None:
         """As ``Store.forget_pair``."""
-        self._changed(self.store.forget_pair(id))
+        self.store.forget_pair(id)
+        self._forgotten()
+
+    def forget_prompt(self, id: int) -> None:
+        """As ``Store.forget_prompt``."""
+        self.store.forget_prompt(id)
+        self._forgotten()
 
     def forget_person(self) -> None:
         """As ``Store.forget_person``, of the one who sits here."""
-        self._changed(self.store.forget_person(self.person))
+        self.store.forget_person(self.person)
+        self._forgotten()
 
     def forget_all(self) -> None:
         """As ``Store.forget_all``."""
-        self._changed(self.store.forget_all())
+        self.store.forget_all()
+        self._forgotten()
 
     def _changed(self, result: T) -> T:
-        exchange.refresh(self.store)
+        self._mirror.nudge()
         if self.writer is not None:
             self.writer.nudge()
         return result
+
+    def _forgotten(self) -> None:
+        exchange.refresh(self.store)
+        self._changed(None)
+
+    def _refresh(self) -> bool:
+        exchange.refresh(self.store)
+        return False

@@ -13,164 +13,28 @@ has a token, and a token is answered once: a second click, tab or request change
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import secrets
 import sqlite3
-import stat
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedbiscuit.rundir.disk import disk_faults
-from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, IntegrityError, seed_for
+from fedbiscuit.data.jsonlines import check_texts
+from fedbiscuit.station.database import DATABASE, fault_of, open_database, private_folder
+from fedbiscuit.station.nouns import (
+    MAX_REASON,
+    Event,
+    Kind,
+    Pair,
+    Presentation,
+    Prompt,
+    check_readable,
+    pair_id,
+    utc_now,
+)
+from fedbiscuit.types import DataError, EnvironmentFault, seed_for
 
-__all__ = ["DATABASE", "Event", "Pair", "Presentation", "Prompt", "Store", "pair_id", "utc_now"]
-
-DATABASE = "station.sqlite"
-VERSION = 1
-MAX_REASON = 4000
-"""Characters of a reason; what is longer is cut off."""
-
-Kind = Literal["judged", "skipped", "undone", "flagged"]
-
-SCHEMA = """
-CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE prompts (
-  id INTEGER PRIMARY KEY AUTOINCREMENT, text TEXT NOT NULL, blind INTEGER NOT NULL,
-  state TEXT NOT NULL CHECK (state IN ('waiting', 'written', 'failed')), error TEXT NOT NULL DEFAULT '',
-  time TEXT NOT NULL, UNIQUE (text, blind)
-) STRICT;
-CREATE TABLE pairs (
-  number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
-  prompt TEXT NOT NULL, output_a TEXT NOT NULL, output_b TEXT NOT NULL,
-  source_a TEXT NOT NULL, source_b TEXT NOT NULL, blind INTEGER NOT NULL, time TEXT NOT NULL
-) STRICT;
-CREATE TABLE disagreements (
-  pair TEXT NOT NULL REFERENCES pairs (id) ON DELETE CASCADE, selectors TEXT NOT NULL, value REAL NOT NULL,
-  PRIMARY KEY (pair, selectors)
-) STRICT;
-CREATE TABLE presentations (
-  number INTEGER PRIMARY KEY AUTOINCREMENT, token TEXT NOT NULL UNIQUE, person TEXT NOT NULL,
-  pair TEXT NOT NULL REFERENCES pairs (id) ON DELETE CASCADE,
-  showing INTEGER NOT NULL, attempt INTEGER NOT NULL, swapped INTEGER NOT NULL, time TEXT NOT NULL,
-  UNIQUE (person, pair, showing, attempt)
-) STRICT;
-CREATE TABLE history (
-  number INTEGER PRIMARY KEY AUTOINCREMENT,
-  kind TEXT NOT NULL CHECK (kind IN ('judged', 'skipped', 'undone', 'flagged')),
-  token TEXT NOT NULL REFERENCES presentations (token) ON DELETE CASCADE,
-  choice INTEGER CHECK (choice IN (0, 1)), seconds REAL, reason TEXT NOT NULL DEFAULT '', time TEXT NOT NULL
-) STRICT;
-CREATE UNIQUE INDEX answered_once ON history (token) WHERE kind IN ('judged', 'skipped');
-CREATE UNIQUE INDEX undone_once ON history (token) WHERE kind = 'undone';
-CREATE TRIGGER append_only BEFORE UPDATE ON history BEGIN SELECT RAISE(ABORT, 'history is append-only'); END;
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What somebody asked; ``state`` says whether answers have been written. error: why they could not be.
-
-    blind: it is for the blind test, where two policies answer it.
-    """
-
-    id: int
-    text: str
-    blind: bool
-    state: Literal["waiting", "written", "failed"]
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A prompt and two answers, each with where it is from: ``imported``, or the model or policy that wrote it.
-
-    blind: it compares two policies (``writing.py``); such a judgement measures them and is no training comparison.
-    """
-
-    id: str
-    prompt: str
-    output_a: str
-    output_b: str
-    source_a: str = "imported"
-    source_b: str = "imported"
-    blind: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        prompt: str,
-        output_a: str,
-        output_b: str,
-        source_a: str = "imported",
-        source_b: str = "imported",
-        blind: bool = False,
-    ) -> Pair:
-        """A pair with its id."""
-        return cls(pair_id(prompt, output_a, output_b), prompt, output_a, output_b, source_a, source_b, blind)
-
-
-@dataclass(frozen=True, slots=True)
-class Presentation:
-    """One showing of a pair to a person. showing: 0 the first time, 1 the repeat. swapped: ``output_b`` stands first."""
-
-    token: str
-    person: str
-    pair: Pair
-    showing: int
-    swapped: bool
-
-    @property
-    def first(self) -> str:
-        """The answer on the left, or above."""
-        return self.pair.output_b if self.swapped else self.pair.output_a
-
-    @property
-    def second(self) -> str:
-        """The answer on the right, or below."""
-        return self.pair.output_a if self.swapped else self.pair.output_b
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A line of the history. choice: 0 ``output_a``, 1 ``output_b``, None a tie; in the pair's own order, not the shown one.
-
-    undone: whether a later line takes this one back. seconds: how long the person took, as the page says. time: UTC.
-    """
-
-    number: int
-    kind: Kind
-    token: str
-    person: str
-    pair: str
-    showing: int
-    swapped: bool
-    choice: Literal[0, 1] | None
-    seconds: float | None
-    reason: str
-    time: str
-    undone: bool = False
-
-    @property
-    def first_preferred(self) -> bool | None:
-        """Whether the answer that was shown first was preferred; None for a tie."""
-        return None if self.choice is None else (self.choice == 0) != self.swapped
-
-
-def pair_id(prompt: str, output_a: str, output_b: str) -> str:
-    """32 hex digits that depend on the prompt and both answers, not on their order."""
-    parts = [prompt, *sorted((output_a, output_b))]
-    text = "\x00".join(f"{len(part)}:{part}" for part in parts)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def utc_now() -> str:
-    """``2026-01-31T12:00:00.123Z``."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+__all__ = ["Store"]
 
 
 class Store:
@@ -190,22 +54,8 @@ class Store:
         no such store an ``IntegrityError``.
         """
         folder = Path(folder).expanduser()
-        _private_folder(folder)
-        path = folder / DATABASE
-        with disk_faults(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            os.fchmod(descriptor, 0o600)  # SQLite gives -wal and -shm the same mode
-            os.close(descriptor)
-        connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        try:
-            _prepare(connection, path, seed)
-            return cls(folder, connection)
-        except sqlite3.Error as error:
-            connection.close()
-            raise _fault(error, path) from error
-        except BaseException:
-            connection.close()
-            raise
+        private_folder(folder)
+        return cls(folder, open_database(folder / DATABASE, seed))
 
     def close(self) -> None:
         """Close the file; the log beside it goes into it."""
@@ -222,6 +72,8 @@ class Store:
 
     def add_prompts(self, texts: Sequence[str], blind: bool = False) -> int:
         """Add prompts that wait for answers, or for those of the blind test; how many were new."""
+        for text in texts:
+            check_readable({"prompt": text})
         query = "INSERT OR IGNORE INTO prompts (text, blind, state, time) VALUES (?, ?, 'waiting', ?)"
         with self._transaction() as db:
             return sum(db.execute(query, (text, int(blind), utc_now())).rowcount for text in texts)
@@ -327,19 +179,21 @@ class Store:
 
         A token that has its answer already keeps it: the event that is there comes back.
         """
-        swapped = self.presentation(token).swapped
-        choice = None if picked is None else picked ^ int(swapped)
-        return self._answer("judged", token, choice, seconds, reason)
+        with self._transaction():
+            swapped = self.presentation(token).swapped
+            choice = None if picked is None else picked ^ int(swapped)
+            return self._answer("judged", token, choice, seconds, reason)
 
     def skip(self, token: str, seconds: float | None = None, reason: str = "") -> Event:
         """Keep that a pair was passed over; it does not come again to this person, unless that is undone."""
-        self.presentation(token)
-        return self._answer("skipped", token, None, seconds, reason)
+        with self._transaction():
+            self.presentation(token)
+            return self._answer("skipped", token, None, seconds, reason)
 
     def flag(self, token: str, reason: str = "") -> Event:
         """Keep that something is wrong with a pair. It stays open, or judged as it was."""
-        self.presentation(token)
         with self._transaction() as db:
+            self.presentation(token)
             number = _append(db, "flagged", token, None, None, reason)
         return self.event(number)
 
@@ -370,6 +224,14 @@ class Store:
         """One line of the history."""
         return _event(self._all(f"{_HISTORY} WHERE h.number = ?", number)[0])
 
+    def restore(self, events: Sequence[Event]) -> int:
+        """Append lines of another store's history, with their tokens and times; how many were not known.
+
+        What this person has answered here already stays, and the other store's lines about it are left out.
+        """
+        with self._transaction() as db:
+            return sum(_restore(db, event) for event in events)
+
     def people(self) -> list[str]:
         """Who has been shown something, sorted."""
         return [row[0] for row in self._all("SELECT DISTINCT person FROM presentations ORDER BY person")]
@@ -384,6 +246,12 @@ class Store:
             db.execute(
                 "DELETE FROM prompts WHERE text = ?1 AND NOT EXISTS (SELECT 1 FROM pairs WHERE prompt = ?1)", (prompt,)
             )
+        self._wipe()
+
+    def forget_prompt(self, id: int) -> None:
+        """Remove a prompt, from the disk too; the pairs that were written for it stay."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM prompts WHERE id = ?", (id,))
         self._wipe()
 
     def forget_person(self, person: str) -> None:
@@ -416,6 +284,12 @@ class Store:
     def in_turn(self) -> Iterator[None]:
         """Several calls of this process as one, so that no other thread comes between."""
         with self._lock:
+            yield
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Several calls as one change, which nobody else, also no other process, comes between."""
+        with self._transaction():
             yield
 
     @contextlib.contextmanager
@@ -457,11 +331,16 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            raise _fault(error, self.folder / DATABASE) from error
+            raise fault_of(error, self.folder / DATABASE) from error
 
 
 _PAIR = "id, prompt, output_a, output_b, source_a, source_b, blind"
 _PRESENTATION = "s.token, s.person, s.pair, s.showing, s.swapped"
+_SAID = "kind, token, choice, seconds, reason, time"
+_STANDS = (
+    "EXISTS (SELECT 1 FROM history WHERE token = s.token AND kind IN ('judged', 'skipped')) AND "
+    "NOT EXISTS (SELECT 1 FROM history WHERE token = s.token AND kind = 'undone')"
+)
 _HISTORY = (
     "SELECT h.number, h.kind, h.token, s.person, s.pair, s.showing, s.swapped, h.choice, h.seconds, h.reason, h.time, "
     "h.kind != 'undone' AND EXISTS (SELECT 1 FROM history u WHERE u.token = h.token AND u.kind = 'undone') "
@@ -469,15 +348,19 @@ _HISTORY = (
 )
 
 
-def _pair(row: Sequence[Any]) -> Pair:
-    return Pair(*row[:6], blind=bool(row[6]))
+def _pair(row: Any) -> Pair:
+    id, prompt, output_a, output_b, source_a, source_b, blind = row
+    return Pair(id, prompt, output_a, output_b, source_a, source_b, bool(blind))
 
 
-def _event(row: Sequence[Any]) -> Event:
-    return Event(*row[:6], bool(row[6]), *row[7:11], undone=bool(row[11]))
+def _event(row: Any) -> Event:
+    number, kind, token, person, pair, showing, swapped, choice, seconds, reason, time, undone = row
+    place = (number, kind, token, person, pair, showing, bool(swapped))
+    return Event(*place, choice, seconds, reason, time, bool(undone))
 
 
 def _insert_pair(db: sqlite3.Connection, pair: Pair) -> int:
+    check_readable({"prompt": pair.prompt, "output_a": pair.output_a, "output_b": pair.output_b})
     return db.execute(
         f"INSERT OR IGNORE INTO pairs ({_PAIR}, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (
@@ -493,71 +376,35 @@ def _insert_pair(db: sqlite3.Connection, pair: Pair) -> int:
     ).rowcount
 
 
+def _restore(db: sqlite3.Connection, event: Event) -> bool:
+    place = (event.person, event.pair, event.showing)
+    if not db.execute("SELECT 1 FROM presentations WHERE token = ?", (event.token,)).fetchall():
+        here = "person = ? AND pair = ? AND showing = ?"
+        unanswered = f"{here} AND NOT EXISTS (SELECT 1 FROM history WHERE token = presentations.token)"
+        db.execute(f"DELETE FROM presentations WHERE {unanswered}", place)
+        if db.execute(f"SELECT 1 FROM presentations s WHERE {here} AND {_STANDS}", place).fetchall():
+            return False
+        attempt = db.execute(f"SELECT count(*) FROM presentations WHERE {here}", place).fetchone()[0]
+        db.execute(
+            "INSERT INTO presentations (token, person, pair, showing, attempt, swapped, time) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (event.token, *place, attempt, int(event.swapped), event.time),
+        )
+    said = (event.kind, event.token, event.choice, event.seconds, event.reason, event.time)
+    same = "kind = ? AND token = ? AND (kind != 'flagged' OR (reason, time) = (?, ?))"
+    if db.execute(
+        f"SELECT 1 FROM history WHERE {same}", (event.kind, event.token, event.reason, event.time)
+    ).fetchall():
+        return False
+    db.execute(f"INSERT INTO history ({_SAID}) VALUES (?, ?, ?, ?, ?, ?)", said)
+    return True
+
+
 def _append(
     db: sqlite3.Connection, kind: Kind, token: str, choice: int | None, seconds: float | None, reason: str
 ) -> int:
     taken = seconds if seconds is not None and 0 <= seconds < 1e6 else None  # NaN is none of these
+    check_texts({"reason": reason})
     row = (kind, token, choice, taken, reason[:MAX_REASON], utc_now())
-    found = db.execute(
-        "INSERT INTO history (kind, token, choice, seconds, reason, time) VALUES (?, ?, ?, ?, ?, ?)", row
-    ).lastrowid
+    found = db.execute(f"INSERT INTO history ({_SAID}) VALUES (?, ?, ?, ?, ?, ?)", row).lastrowid
     assert found is not None
     return found
-
-
-def _private_folder(folder: Path) -> None:
-    """The folder, for its owner alone. One that holds other things is not closed without being asked."""
-    with disk_faults(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if found.st_uid != os.geteuid():
-            raise ConfigError(f"{folder}: belongs to another user; name a folder of yours with --folder")
-        if stat.S_IMODE(found.st_mode) & 0o077:
-            if any(folder.iterdir()):
-                raise ConfigError(f"{folder}: others on this machine may read it; close it with `chmod 700 {folder}`")
-            folder.chmod(0o700)
-
-
-def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> None:
-    """Durable, private, of this version."""
-    for pragma in (
-        "journal_mode = WAL",
-        "synchronous = FULL",
-        "secure_delete = ON",
-        "foreign_keys = ON",
-        "temp_store = MEMORY",  # VACUUM would write a copy of all texts to /tmp
-        "trusted_schema = OFF",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
-    connection.execute("BEGIN IMMEDIATE")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > VERSION:
-        connection.execute("ROLLBACK")
-        raise EnvironmentFault(
-            f"{path}: written by a newer fedbiscuit (version {version} of the store, this one reads up to {VERSION}); "
-            "install the newer one: pip install -U fedbiscuit"
-        )
-    if version == 0:
-        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            connection.execute("ROLLBACK")
-            raise IntegrityError(
-                f"{path}: a database, but none of the station's; move it away, or name another --folder"
-            )
-        for statement in SCHEMA.split(";\n"):
-            if statement.strip():
-                connection.execute(statement)
-        drawn = secrets.randbits(62) if seed is None else seed
-        connection.execute("INSERT INTO facts VALUES ('seed', ?)", (str(drawn),))
-        connection.execute(f"PRAGMA user_version = {VERSION}")
-    connection.execute("COMMIT")
-
-
-def _fault(error: sqlite3.Error, path: Path) -> EnvironmentFault | IntegrityError:
-    code = getattr(error, "sqlite_errorname", "")
-    if code.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-        return IntegrityError(
-            f"{path}: no store that can be read ({error}); take it from a backup, or name another --folder"
-        )
-    if code.startswith("SQLITE_FULL"):
-        return EnvironmentFault(f"{path}: the disk is full; make room. What was answered before is kept")
-    return EnvironmentFault(f"{path}: {error}; check the disk, its rights, and whether another station holds the file")

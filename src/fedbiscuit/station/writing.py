@@ -23,7 +23,7 @@ class Author:
 
 @dataclass(frozen=True, slots=True)
 class Authors:
-    """usual: writes both answers to a prompt. blind: in the blind test each of the two writes one; None: there is no such test."""
+    """usual: writes both answers to a prompt. blind: in the blind test each of the two writes one; None: there is none."""
 
     usual: Author
     blind: tuple[Author, Author] | None = None
