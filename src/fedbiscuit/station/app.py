@@ -6,9 +6,8 @@ here between two requests: it is all in the store.
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlencode
@@ -16,10 +15,11 @@ from urllib.parse import urlencode
 import jinja2
 from fastapi import FastAPI, Form, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
 from fedbiscuit.data.visible import visible
+from fedbiscuit.rundir.values import dump_json
 from fedbiscuit.station import exchange, looking, shown, writing
 from fedbiscuit.station.safety import Guard
 from fedbiscuit.station.station import Station
@@ -34,9 +34,8 @@ STATIC = {
     "htmx.min.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
+EXPORTS: dict[str, exchange.Form] = {f"{form}.jsonl": form for form in get_args(exchange.Form)}
 IMPORTS = ("/import", "/ask/file")
-MAX_PROMPT = 20_000
-"""Characters of one prompt that is typed or pasted."""
 PER_PAGE = 50
 
 Picked = Literal["first", "second", "tie", "skip"]
@@ -78,6 +77,13 @@ def create_app(
     def no_such_page(_: Request, error: HTTPException) -> HTMLResponse:
         return trouble(error.status_code, "There is no such page." if error.status_code == 404 else str(error.detail))
 
+    @app.exception_handler(Exception)
+    def broken(_: Request, error: Exception) -> HTMLResponse:
+        return trouble(
+            500,
+            f"A mistake of the station ({type(error).__name__}). What you answered is kept; its terminal says more.",
+        )
+
     return Guard(app, token, hosts, cookie, IMPORTS, once)
 
 
@@ -103,7 +109,8 @@ def _renderer(station: Station) -> Renderer:
     env.globals |= {"person": station.person, "folder": str(station.store.folder), "writes": station.writer is not None}
 
     def render(template: str, status: int = 200, said: str = "", **values: Any) -> HTMLResponse:
-        page = env.get_template(template).render(page=template, said=shown.SAID.get(said, ""), **values)
+        problem = station.problem()
+        page = env.get_template(template).render(problem=problem, said=shown.SAID.get(said, ""), **values)
         return HTMLResponse(page, status)
 
     return render
@@ -149,7 +156,7 @@ def _add_comparing(app: FastAPI, station: Station, render: Renderer) -> None:
         state = shown.state_of(found, station.progress(blind), writer)
         if state != "writing" or writer is None:
             page = compare("", blind)
-            page.headers |= {"HX-Retarget": "#stage", "HX-Reselect": "#stage", "HX-Reswap": "outerHTML"}
+            page.headers.update({"HX-Retarget": "#stage", "HX-Reselect": "#stage", "HX-Reswap": "outerHTML"})
             return page
         return render("line.html", line=shown.writing_line(writer))
 
@@ -175,7 +182,7 @@ def _add_comparing(app: FastAPI, station: Station, render: Renderer) -> None:
         if picked == "skip":
             station.skip(token, took, reason)
         else:
-            station.judge(token, {"first": 0, "second": 1, "tie": None}[picked], took, reason)  # type: ignore[arg-type]
+            station.judge(token, {"first": 0, "second": 1, "tie": None}[picked], took, reason)
         return _to(page, "already" if known else picked)
 
     @app.post("/undo")
@@ -241,11 +248,15 @@ def _add_asking(app: FastAPI, station: Station, render: Renderer) -> None:
         texts = [one for one in ([text] if whole else text.split("\n")) if one.strip()]
         if not texts:
             return page(error="There is no prompt in it.")
-        if long := next((one for one in texts if len(one) > MAX_PROMPT), ""):
-            return page(error=f"A prompt of {len(long)} characters is too long; {MAX_PROMPT} is the limit.", text=text)
-        if any("\x00" in one for one in texts):
-            return page(error="There is a NUL character in it, which no prompt has.", text=text.replace("\x00", ""))
-        return _to("/ask", added=str(station.ask(texts, blind)))
+        try:
+            return _to("/ask", added=str(station.ask(texts, blind)))
+        except DataError as error:
+            return page(error=str(error), text=text.replace("\x00", ""))
+
+    @app.post("/forget/prompt")
+    def forget_prompt(prompt: Annotated[int, Form()]) -> Response:
+        station.forget_prompt(prompt)
+        return _to("/ask", "forgot-prompt")
 
     @app.post("/ask/file")
     def add_file(file: UploadFile, blind: Flag = False) -> Response:
@@ -330,16 +341,19 @@ def _add_keeping(app: FastAPI, station: Station, render: Renderer) -> None:
 
     @app.get("/export/{name}")
     def export(name: str) -> Response:
-        form = name.removesuffix(".jsonl")
-        if form not in get_args(exchange.Form) or form == name:
+        form = EXPORTS.get(name)
+        if form is None:
             raise HTTPException(404)
+        lines = [dump_json(record) + "\n" for record in exchange.records(station.store, form, station.person)]
+        if not lines:
+            return _to("/data", "no-lines")
         headers = {"content-disposition": f'attachment; filename="{name}"'}
-        return StreamingResponse(_json_lines(station, form), media_type="application/jsonl", headers=headers)
+        return Response("".join(lines), media_type="application/jsonl", headers=headers)
 
     @app.post("/import")
     def import_(file: UploadFile) -> Response:
         def take(path: Path) -> exchange.Imported:
-            return exchange.import_file(station.store, path, station.person)
+            return exchange.import_file(station.store, path)
 
         try:
             found = _from_upload(station, file, take)
@@ -365,8 +379,3 @@ def _add_keeping(app: FastAPI, station: Station, render: Renderer) -> None:
         else:
             station.forget_all()
         return _to("/data", f"forgot-{what}")
-
-
-def _json_lines(station: Station, form: exchange.Form) -> Iterator[str]:
-    for record in exchange.records(station.store, form):
-        yield json.dumps(record, ensure_ascii=False) + "\n"

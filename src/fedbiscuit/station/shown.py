@@ -12,8 +12,9 @@ from markupsafe import Markup, escape
 
 from fedbiscuit.data.visible import pieces
 from fedbiscuit.station.looking import RoundAccuracy
+from fedbiscuit.station.nouns import Event, Pair, Presentation
 from fedbiscuit.station.queue import Progress
-from fedbiscuit.station.store import Event, Pair, Presentation, Store
+from fedbiscuit.station.store import Store
 from fedbiscuit.station.writing import Writing
 
 __all__ = [
@@ -45,6 +46,8 @@ SAID = {
     "already": "That pair had its answer already. The first one is kept.",
     "gone": "That pair is not here any more. This is the next one.",
     "forgot-pair": "The pair and all that was said about it are removed.",
+    "forgot-prompt": "The prompt is removed.",
+    "no-lines": "You have judged nothing yet that could be taken along.",
     "forgot-person": "All that you were shown and said is removed.",
     "forgot-all": "Everything is removed.",
     "retry": "Trying again.",
