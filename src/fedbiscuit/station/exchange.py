@@ -33,7 +33,7 @@ class Imported:
     """How many pairs and lines of history were new, and how many lines said what was known already."""
 
     pairs: int
-    events: int
+    judgements: int
     known: int
 
 

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from fedbiscuit.station import exchange, queue
 from fedbiscuit.station.background import Background
 from fedbiscuit.station.nouns import Event, Presentation
+from fedbiscuit.station.scoring import Readers, Scorer
 from fedbiscuit.station.store import Store
 from fedbiscuit.station.writing import Authors, Writer, Writing
 
@@ -30,23 +31,25 @@ class Station:
         person: str = "me",
         asking: queue.Asking | None = None,
         authors: Callable[[], Authors] | None = None,
+        readers: Callable[[], Readers] | None = None,
         run: Path | None = None,
         site: Path | None = None,
     ) -> None:
-        """authors: from ``writing.authors_of``; None: nothing is written here, only pairs that exist are compared.
-        run, site: folders for ``looking``.
+        """authors: from ``writing.authors_of``; None: nothing is written here, only pairs that exist are compared. readers: from
+        ``scoring.readers_of``, of the selectors that ``asking.selectors`` names. run, site: folders for ``looking``.
         """
         self.store, self.person, self.asking = store, person, asking or queue.Asking()
         self.run, self.site = run, site
         exchange.refresh(store)  # a crash may have come between the two
         self._mirror = Background("comparisons.jsonl", self._refresh)
         self.writer = Writer(store, person, authors) if authors is not None else None
+        self._scorer = Scorer(store, self.asking.selectors, readers) if readers is not None else None
 
     def close(self) -> None:
-        """Stop the writer and bring ``comparisons.jsonl`` up to date; the store stays open."""
-        if self.writer is not None:
-            self.writer.close()
-        self._mirror.close()
+        """Stop the threads and bring ``comparisons.jsonl`` up to date; the store stays open."""
+        for thread in (self.writer, self._scorer, self._mirror):
+            if thread is not None:
+                thread.close()
         exchange.refresh(self.store)
 
     def settle(self) -> None:
@@ -54,8 +57,8 @@ class Station:
         self._mirror.settle()
 
     def problem(self) -> str:
-        """Why ``comparisons.jsonl`` could not be written, a sentence; "" if it could."""
-        return self._mirror.error
+        """Why ``comparisons.jsonl`` could not be written, or pairs not be scored, a sentence; "" if all is well."""
+        return self._mirror.error or (self._scorer.error if self._scorer is not None else "")
 
     def present(self, blind: bool = False) -> Presentation | None:
         """What the person sees now; None: nothing is left (the writer may be at work)."""
@@ -94,6 +97,14 @@ class Station:
         texts = [text.strip() for text in prompts if text.strip()]
         return self._changed(self.store.add_prompts(texts, blind))
 
+    def import_file(self, path: Path) -> exchange.Imported:
+        """As ``exchange.import_file``."""
+        return self._changed(exchange.import_file(self.store, path))
+
+    def import_prompts(self, path: Path, blind: bool = False) -> int:
+        """As ``exchange.import_prompts``."""
+        return self._changed(exchange.import_prompts(self.store, path, blind))
+
     def forget_pair(self, id: str) -> None:
         """As ``Store.forget_pair``."""
         self.store.forget_pair(id)
@@ -115,9 +126,9 @@ class Station:
         self._forgotten()
 
     def _changed(self, result: T) -> T:
-        self._mirror.nudge()
-        if self.writer is not None:
-            self.writer.nudge()
+        for thread in (self._mirror, self.writer, self._scorer):
+            if thread is not None:
+                thread.nudge()
         return result
 
     def _forgotten(self) -> None:

@@ -71,10 +71,14 @@ class Store:
     # What is asked
 
     def add_prompts(self, texts: Sequence[str], blind: bool = False) -> int:
-        """Add prompts that wait for answers, or for those of the blind test; how many were new."""
+        """Add prompts that wait for answers, or for those of the blind test; how many were new.
+
+        A prompt of the blind test that is there already waits again: another policy may answer it.
+        """
         for text in texts:
             check_readable({"prompt": text})
-        query = "INSERT OR IGNORE INTO prompts (text, blind, state, time) VALUES (?, ?, 'waiting', ?)"
+        again = "UPDATE SET state = 'waiting', error = '' WHERE blind AND state != 'waiting'"
+        query = f"INSERT INTO prompts (text, blind, state, time) VALUES (?, ?, 'waiting', ?) ON CONFLICT DO {again}"
         with self._transaction() as db:
             return sum(db.execute(query, (text, int(blind), utc_now())).rowcount for text in texts)
 
@@ -86,6 +90,14 @@ class Store:
     def count_prompts(self, state: str, blind: bool) -> int:
         """How many prompts of the blind test, or of all others, are in this state."""
         return int(self._one("SELECT count(*) FROM prompts WHERE state = ? AND blind = ?", state, int(blind))[0])
+
+    def count_ahead(self, person: str, blind: bool) -> int:
+        """How many pairs that were written here this person has not answered yet."""
+        query = (
+            f"SELECT count(*) FROM pairs p WHERE {_ASKED} AND source_a != 'imported' AND NOT EXISTS "
+            f"(SELECT 1 FROM presentations s WHERE s.pair = p.id AND s.person = ? AND {_STANDS})"
+        )
+        return int(self._one(query, int(blind), person)[0])
 
     def answered(self, prompt: Prompt, pair: Pair) -> bool:
         """Keep what was written for a prompt; False where somebody has removed the prompt since."""
@@ -110,9 +122,14 @@ class Store:
         with self._transaction() as db:
             return sum(_insert_pair(db, pair) for pair in pairs)
 
-    def pairs(self) -> list[Pair]:
-        """All pairs, in the order in which they came."""
-        return [_pair(row) for row in self._all(f"SELECT {_PAIR} FROM pairs ORDER BY number")]
+    def pairs(self, ids: Sequence[str] | None = None) -> list[Pair]:
+        """All pairs, or those of ``ids`` that are there, in the order in which they came."""
+        if ids is None:
+            return [_pair(row) for row in self._all(f"SELECT {_PAIR} FROM pairs ORDER BY number")]
+        marks = ", ".join("?" * len(ids))
+        return [
+            _pair(row) for row in self._all(f"SELECT {_PAIR} FROM pairs WHERE id IN ({marks}) ORDER BY number", *ids)
+        ]
 
     def pair(self, id: str) -> Pair:
         """One pair; ``DataError`` if it is not there."""
@@ -122,8 +139,8 @@ class Store:
         return _pair(rows[0])
 
     def pair_ids(self, blind: bool) -> list[str]:
-        """The ids of the pairs of the blind test, or of all others."""
-        return [row[0] for row in self._all("SELECT id FROM pairs WHERE blind = ? ORDER BY number", int(blind))]
+        """The ids of the pairs of the blind test, or of all others. Nobody is asked to choose between two equal texts."""
+        return [row[0] for row in self._all(f"SELECT id FROM pairs WHERE {_ASKED} ORDER BY number", int(blind))]
 
     def put_disagreements(self, selectors: str, values: dict[str, float]) -> None:
         """Keep how much the selectors with this digest disagree on pairs (``queue.py``)."""
@@ -335,6 +352,7 @@ class Store:
 
 
 _PAIR = "id, prompt, output_a, output_b, source_a, source_b, blind"
+_ASKED = "blind = ? AND output_a != output_b"
 _PRESENTATION = "s.token, s.person, s.pair, s.showing, s.swapped"
 _SAID = "kind, token, choice, seconds, reason, time"
 _STANDS = (
