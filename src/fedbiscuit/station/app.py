@@ -19,6 +19,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
 from fedbiscuit.data.visible import visible
+from fedbiscuit.rundir.disk import human_bytes
 from fedbiscuit.rundir.values import dump_json
 from fedbiscuit.station import exchange, looking, shown, writing
 from fedbiscuit.station.safety import Guard
@@ -102,7 +103,7 @@ def _renderer(station: Station) -> Renderer:
     env.filters |= {
         "shown": shown.shown,
         "percent": shown.percent,
-        "size": shown.size,
+        "size": human_bytes,
         "count": shown.count,
         "visible": visible,
     }
@@ -260,14 +261,10 @@ def _add_asking(app: FastAPI, station: Station, render: Renderer) -> None:
 
     @app.post("/ask/file")
     def add_file(file: UploadFile, blind: Flag = False) -> Response:
-        def take(path: Path) -> int:
-            return exchange.import_prompts(station.store, path, blind)
-
         try:
-            added = _from_upload(station, file, take)
+            added = _from_upload(station, file, lambda path: station.import_prompts(path, blind))
         except DataError as error:
             return page(error=str(error))
-        station.ask([])  # the writer hears of it
         return _to("/ask", added=str(added))
 
 
@@ -352,14 +349,10 @@ def _add_keeping(app: FastAPI, station: Station, render: Renderer) -> None:
 
     @app.post("/import")
     def import_(file: UploadFile) -> Response:
-        def take(path: Path) -> exchange.Imported:
-            return exchange.import_file(station.store, path)
-
         try:
-            found = _from_upload(station, file, take)
+            found = _from_upload(station, file, station.import_file)
         except DataError as error:
             return page(error=str(error))
-        station.ask([])  # comparisons.jsonl is brought up to date
         return page(imported=found)
 
     @app.post("/forget/pair")

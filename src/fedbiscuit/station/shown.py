@@ -28,7 +28,6 @@ __all__ = [
     "percent",
     "share",
     "shown",
-    "size",
     "state_of",
     "time_left",
     "writing_line",
@@ -122,15 +121,6 @@ def share(part: int, whole: int, z: float = 1.959964) -> tuple[float, float, flo
 def count(number: int, noun: str) -> str:
     """``1 prompt``, ``2,000 prompts``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def size(num_bytes: int) -> str:
-    """``1,234`` as ``1.2 kB``."""
-    if num_bytes < 1000:
-        return count(num_bytes, "byte")
-    if num_bytes < 1_000_000:
-        return f"{num_bytes / 1000:.1f} kB"
-    return f"{num_bytes / 1_000_000:,.1f} MB"
 
 
 @dataclass(frozen=True, slots=True)
