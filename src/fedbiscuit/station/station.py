@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from fedbiscuit.data.records import client_of
 from fedbiscuit.station import exchange, queue
 from fedbiscuit.station.background import Background
 from fedbiscuit.station.nouns import Event, Presentation
@@ -38,6 +39,7 @@ class Station:
         """authors: from ``writing.authors_of``; None: nothing is written here, only pairs that exist are compared. readers: from
         ``scoring.readers_of``, of the selectors that ``asking.selectors`` names. run, site: folders for ``looking``.
         """
+        client_of({"client": person})  # as strict as where the exported file will be read
         self.store, self.person, self.asking = store, person, asking or queue.Asking()
         self.run, self.site = run, site
         exchange.refresh(store)  # a crash may have come between the two

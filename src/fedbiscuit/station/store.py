@@ -138,6 +138,14 @@ class Store:
             raise DataError(f"pair {id[:40]!r}: not in this store; it may have been deleted")
         return _pair(rows[0])
 
+    def whole_id(self, start: str) -> str:
+        """The id of the one pair whose id begins so, at least 8 digits, or with the first part of an id in an export."""
+        start = start.partition("-")[0].lower()
+        found = [row[0] for row in self._all("SELECT id FROM pairs WHERE substr(id, 1, ?) = ?", len(start), start)]
+        if len(start) < 8 or len(found) != 1:
+            raise DataError(f"pair {start[:40]!r}: {len(found)} pairs have an id that begins so; give more of it")
+        return str(found[0])
+
     def pair_ids(self, blind: bool) -> list[str]:
         """The ids of the pairs of the blind test, or of all others. Nobody is asked to choose between two equal texts."""
         return [row[0] for row in self._all(f"SELECT id FROM pairs WHERE {_ASKED} ORDER BY number", int(blind))]
