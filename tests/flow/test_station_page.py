@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("fastapi", reason="the station needs fedbiscuit[station]")
-
 from starlette.testclient import TestClient
 
 from fedbiscuit.station.app import create_app
