@@ -144,12 +144,15 @@ def _due_repeat(answered: Sequence[Event], seed: int, person: str, every: int, o
     if not every or len(first) // every <= len(done):
         return None
     recent = {event.pair for event in answered[-APART:]}
-    # The block of `every` pairs that is due, with those before it whose turn has not come
-    open_ = [event for event in first[: (len(done) + 1) * every] if event.pair not in done]
+    open_ = [event for event in first if event.pair not in done]
     apart = [event for event in open_ if event.pair not in recent]
     if not apart and others:
         return None
-    return min(apart or open_, key=lambda event: seed_for(seed, person, event.pair, "again"), default=None)
+    due = {event.pair for event in first[len(done) * every : (len(done) + 1) * every]}
+    block = [
+        event for event in apart if event.pair in due
+    ]  # one of the last `every` pairs, so that all are sampled alike
+    return min(block or apart or open_, key=lambda event: seed_for(seed, person, event.pair, "again"), default=None)
 
 
 def progress(store: Store, person: str, how: Asking) -> Progress:

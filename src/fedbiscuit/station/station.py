@@ -42,6 +42,7 @@ class Station:
         client_of({"client": person})  # as strict as where the exported file will be read
         self.store, self.person, self.asking = store, person, asking or queue.Asking()
         self.run, self.site = run, site
+        self._closed = False
         exchange.refresh(store)  # a crash may have come between the two
         self._mirror = Background("comparisons.jsonl", self._refresh)
         self.writer = Writer(store, person, authors) if authors is not None else None
@@ -49,6 +50,9 @@ class Station:
 
     def close(self) -> None:
         """Stop the threads and bring ``comparisons.jsonl`` up to date; the store stays open."""
+        if self._closed:
+            return
+        self._closed = True
         for thread in (self.writer, self._scorer, self._mirror):
             if thread is not None:
                 thread.close()
