@@ -735,7 +735,7 @@ def station(
 
     from fedbiscuit.terminal import clean
 
-    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "python_multipart")):
         raise EnvironmentFault("the station's page needs an extra: pip install 'fedbiscuit[station]'")
     from fedbiscuit.station.queue import Asking
     from fedbiscuit.station.scoring import digest_of_selectors, readers_of
