@@ -188,7 +188,7 @@ def test_a_person_judges_ten_pairs_by_keys_through_undo_reload_and_kill_9_and_a_
                                "a brick,a spoon,an old sock,a jar,a cork,a rope,a box,a nail,a sheet,a pan,a tin".split(",")))  # fmt: skip
     folder = tmp_path / "station"
     process = Process("--folder", str(folder), "--prompts", str(prompts), "--model", SMOLLM2,
-                      "--max-new-tokens", "16", "--repeat-every", "5", "--device", "cpu")  # fmt: skip
+                      "--max-new-tokens", "8", "--repeat-every", "5", "--device", "cpu")  # fmt: skip
     try:
         page = visit(process.start())
         assert "token" not in page.url
@@ -239,7 +239,7 @@ def test_a_person_judges_ten_pairs_by_keys_through_undo_reload_and_kill_9_and_a_
 
         page.goto(address.split("?")[0] + "data")
         with page.expect_download() as download:
-            page.click("text=Comparisons")
+            page.click('a[href="/export/comparisons.jsonl"]')
         exported = tmp_path / "mine.jsonl"
         download.value.save_as(exported)
         page.context.close()
