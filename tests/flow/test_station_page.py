@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,9 +356,9 @@ def test_page_10_two_undos_of_the_same_page_are_one(visit):
     visitor = visit().enter()
     visitor.judge()
     visitor.judge()
-    last = re.search(r'action="/undo".*?name="token" value="(\w+)"', visitor.get().text, re.DOTALL)[1]
-    assert visitor.post("/undo", {"token": last}).headers["location"] == "/?said=undo"
-    assert visitor.post("/undo", {"token": last}).headers["location"] == "/?said=nothing"
+    last = re.search(r'name="last" value="(\w+)"', visitor.get().text, re.DOTALL)[1]
+    assert visitor.post("/undo", {"last": last}).headers["location"] == "/?said=undo"
+    assert visitor.post("/undo", {"last": last}).headers["location"] == "/?said=nothing"
     assert [e.undone for e in visitor.answers()] == [False, True]
 
 
@@ -474,8 +475,8 @@ def test_a_person_judges_ties_skips_undoes_and_sees_the_progress(visit):
     page = visitor.get().text
     assert "3 of 6" in page
     assert "left</span>" in page
-    last = re.search(r'action="/undo".*?name="token" value="(\w+)"', page, re.DOTALL)[1]
-    visitor.post("/undo", {"token": last})
+    last = re.search(r'name="last" value="(\w+)"', page, re.DOTALL)[1]
+    visitor.post("/undo", {"last": last})
     assert "2 of 6" in visitor.get().text
     for _ in range(4):
         visitor.judge()
@@ -497,7 +498,7 @@ def test_a_reason_and_a_flag_are_kept_with_the_answer(visit):
 
 def test_without_javascript_every_action_is_a_form(visit):
     page = visit().enter().get().text
-    assert re.findall(r'<form[^>]* action="(/\w+)"', page) == ["/judge", "/undo"]
+    assert re.findall(r'(?:<form[^>]* |form)action="(/\w+)"', page) == ["/judge", "/undo"]
     assert set(re.findall(r'name="picked" value="(\w+)"', page)) == {"first", "second", "tie", "skip"}
     first_button = re.search(r"<form[^>]*action=\"/judge\".*?(<button[^>]*>)", page, re.DOTALL)[1]
     assert "disabled" in first_button, "Enter in a field would press the first button"
@@ -584,3 +585,30 @@ def test_page_13_only_numbers_and_localhost_are_hosts():
     assert hosts_of("127.0.0.1", 5) == ("127.0.0.1:5", "localhost:5")
     assert hosts_of("::1", 5) == ("[::1]:5", "localhost:5")
     assert hosts_of("192.0.2.7", 5) == ("192.0.2.7:5",)
+
+
+def test_fault_91_a_port_that_is_in_use_is_passed_over_and_said(visit, monkeypatch):
+    import uvicorn
+
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        serve(visit().station, port=port, open_browser=False, say=said.append)
+    assert said[0].startswith(f"Port {port} is in use; this station has ")
+    assert re.fullmatch(r"The station is at http://127\.0\.0\.1:\d+/\?token=[\w-]{43}", said[1])
+
+
+def test_page_13_with_the_flag_it_is_said_what_another_address_means(visit, monkeypatch):
+    import uvicorn
+
+    def listen(address: tuple[str, int], **_: object) -> socket.socket:
+        return create_server(("127.0.0.1", address[1]))
+
+    create_server = socket.create_server
+    monkeypatch.setattr(socket, "create_server", listen)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    said: list[str] = []
+    serve(visit().station, "192.0.2.7", other_address=True, open_browser=False, say=said.append)
+    assert "not encrypted" in said[0]
+    assert "http://192.0.2.7:" in said[1]

@@ -187,8 +187,8 @@ def _add_comparing(app: FastAPI, station: Station, render: Renderer) -> None:
         return _to(page, "already" if known else picked)
 
     @app.post("/undo")
-    def undo(token: Field = "", blind: Flag = False) -> Response:
-        back = station.undo(token) if token else None
+    def undo(last: Field = "", blind: Flag = False) -> Response:
+        back = station.undo(last) if last else None
         return _to(_page(blind), "undo" if back else "nothing")
 
     @app.post("/retry")
