@@ -22,7 +22,7 @@ from fedbiscuit.rundir.values import dump_json
 from fedbiscuit.station.history import history_records, read_history
 from fedbiscuit.station.nouns import Event, Pair
 from fedbiscuit.station.store import Store
-from fedbiscuit.types import DataError
+from fedbiscuit.types import ConfigError, DataError
 
 __all__ = [
     "COMPARISONS",
@@ -75,7 +75,12 @@ def records(store: Store, form: Form = "comparisons", person: str | None = None)
 
 
 def export(store: Store, path: Path, form: Form = "comparisons", person: str | None = None) -> int:
-    """Write a file that only its owner may read, whole or not at all; how many lines. ``DataError`` where there are none."""
+    """Write a new file that only its owner may read, whole or not at all; how many lines.
+
+    ``DataError`` where there are none, ``ConfigError`` where there is a file already.
+    """
+    if path.exists():
+        raise ConfigError(f"{path}: is there already, and an export replaces nothing; name another file, or remove it")
     lines = [dump_json(record) + "\n" for record in records(store, form, person)]
     if not lines:
         who = "nobody" if person is None else person
