@@ -83,7 +83,22 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
 
 
 @pytest.mark.parametrize(
-    "name", ["run", "train", "label", "align", "evaluate", "judge", "report", "export", "push", "config", "data check"]
+    "name",
+    [
+        "run",
+        "train",
+        "label",
+        "align",
+        "evaluate",
+        "judge",
+        "report",
+        "export",
+        "push",
+        "config",
+        "data check",
+        "station",
+        "station export",
+    ],
 )
 def test_the_help_of_each_command_has_a_purpose_and_an_example(name, capsys):
     assert cli.main([*name.split(), "--help"]) == 0
@@ -104,7 +119,7 @@ def test_light_commands_load_nothing_heavy(words, tmp_path):
     (tmp_path / "a.yaml").write_text("seed: 1\n")
     row = {"prompt": "p", "output_a": "x", "output_b": "y", "choice": 0, "client": "ann"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    heavy = "torch transformers peft matplotlib datasets trl scipy safetensors"
+    heavy = "torch transformers peft matplotlib datasets trl scipy safetensors fastapi uvicorn"
     program = (
         f"import sys; from fedbiscuit.cli import main; code = main({words!r}); "
         f"print('LOADED', code, [name for name in {heavy!r}.split() if name in sys.modules])"

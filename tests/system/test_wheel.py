@@ -27,6 +27,8 @@ def test_the_wheel_holds_the_demo_world_the_type_marker_and_the_licence_and_no_t
     names = zipfile.ZipFile(wheel).namelist()
     assert "fedbiscuit/data/demo_world.json" in names
     assert "fedbiscuit/py.typed" in names
+    for needed in ("static/station.css", "static/htmx.min.js", "static/htmx.LICENSE.txt", "templates/compare.html"):
+        assert f"fedbiscuit/station/{needed}" in names
     assert any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/"))]
 

@@ -16,8 +16,9 @@ import pytest
 
 from fedbiscuit.deployment import processes, site, site_processes
 from fedbiscuit.deployment.processes import Child
-from fedbiscuit.deployment.site import SiteSettings, check_data, read_ledger, settings_of, status_lines, summaries
+from fedbiscuit.deployment.site import SiteSettings, check_data, settings_of, status_lines
 from fedbiscuit.deployment.site_processes import Server, server_of, supernode_words
+from fedbiscuit.rundir.ledger import read_ledger, summaries
 from fedbiscuit.types import ConfigError, DataError, IntegrityError
 
 ROW = {"prompt": "p", "output_a": "a", "output_b": "b", "choice": 0, "client": "ann"}

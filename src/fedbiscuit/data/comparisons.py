@@ -16,8 +16,18 @@ from fedbiscuit.data.jsonlines import iter_objects, shown
 from fedbiscuit.data.records import EmptyTextError, LeftOutError, comparison_of, pair_of
 from fedbiscuit.types import Comparison, DataError
 
-__all__ = ["CheckReport", "Place", "ReadReport", "check_files", "iter_comparisons", "read_comparisons"]
+__all__ = [
+    "COMPARISONS",
+    "CheckReport",
+    "Place",
+    "ReadReport",
+    "check_files",
+    "iter_comparisons",
+    "read_comparisons",
+]
 
+COMPARISONS = "comparisons.jsonl"
+"""A folder with a file of this name stands for it: the folder of a preference station."""
 Place = tuple[str, int]
 """File and line (from 1)."""
 Located = tuple[Place, Comparison]
@@ -136,13 +146,18 @@ def check_files(
 
 
 def _as_paths(paths: str | Path | Iterable[str | Path]) -> list[str | Path]:
-    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    listed = [_file_of(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not listed:
         raise DataError("no files given; name at least one .jsonl or .jsonl.gz file")
     twice = [path for i, path in enumerate(listed) if Path(path) in {Path(other) for other in listed[:i]}]
     if twice:
         raise DataError(f"{twice[0]}: this file is named twice; name it once")
     return listed
+
+
+def _file_of(path: str | Path) -> str | Path:
+    inside = Path(path) / COMPARISONS
+    return inside if inside.is_file() else path
 
 
 def _read_file(

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedbiscuit.data.visible import HIDDEN
 from fedbiscuit.types import DataError
 
 __all__ = [
@@ -189,7 +190,7 @@ def shown(value: object, limit: int = 60) -> str:
 def _visible(character: str) -> str:
     if character in _SHORT_ESCAPES:
         return _SHORT_ESCAPES[character]
-    if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}:
+    if unicodedata.category(character) in HIDDEN:
         return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
     return character
 

@@ -27,7 +27,7 @@ from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, Data
 if TYPE_CHECKING:
     from fedbiscuit.data.synthetic import Truth
 
-__all__ = ["SOURCES", "Dataset", "load", "split_prompts"]
+__all__ = ["SOURCES", "Dataset", "load", "read_prompts", "split_prompts"]
 
 HELD_OUT_PROMPTS = 0.2
 UNLABELED_SHARE = 0.4
@@ -63,7 +63,7 @@ def load(settings: DataSettings, seed: int) -> Dataset:
     dataset = SOURCES[settings.source](settings, seed)
     if not settings.prompts:
         return dataset
-    prompts, digests, left_out = _read_prompts(settings)
+    prompts, digests, left_out = read_prompts(settings)
     dataset = replace(dataset, digests=dataset.digests | digests, left_out=dataset.left_out | left_out)
     trained = {comparison.prompt for data in dataset.clients.values() for comparison in data.train}
     if shared := len(trained.intersection(prompts)):
@@ -71,8 +71,10 @@ def load(settings: DataSettings, seed: int) -> Dataset:
     return _with_prompts(dataset, prompts, seed)
 
 
-def split_prompts(prompts: Iterable[str], seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Distinct prompts for training and, about a fifth, held out; each decided by a hash of its own text.
+def split_prompts(
+    prompts: Iterable[str], seed: int, share: float = HELD_OUT_PROMPTS
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Distinct prompts for training and, about a ``share``, held out; each decided by a hash of its own text.
 
     So a prompt stays on its side when others come or go. Each side has at least one; a single prompt is on both.
     """
@@ -81,7 +83,7 @@ def split_prompts(prompts: Iterable[str], seed: int) -> tuple[tuple[str, ...], t
         return tuple(distinct), tuple(distinct)
     draw = {prompt: seed_for(seed, "held-out prompts", prompt) / 2**63 for prompt in distinct}
     ranked = sorted(distinct, key=draw.__getitem__)
-    num_held_out = min(max(1, sum(number < HELD_OUT_PROMPTS for number in draw.values())), len(distinct) - 1)
+    num_held_out = min(max(1, sum(number < share for number in draw.values())), len(distinct) - 1)
     held_out = set(ranked[:num_held_out])
     return (
         tuple(prompt for prompt in distinct if prompt not in held_out),
@@ -235,7 +237,7 @@ _ONE_PROMPT = (
 )
 
 
-def _read_prompts(settings: DataSettings) -> tuple[list[str], dict[str, str], dict[str, int]]:
+def read_prompts(settings: DataSettings) -> tuple[list[str], dict[str, str], dict[str, int]]:
     """Prompts of ``data.prompts``; sha256 by file; and how many were left out, by reason.
 
     Of a folder or a set on the Hub the training part, unless the setting says which.

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,14 +26,15 @@ from fedbiscuit.data.check import NO_CLIENT, CheckReport
 from fedbiscuit.data.comparisons import check_files
 from fedbiscuit.deployment.clock import clock_line, seconds_ahead
 from fedbiscuit.rundir.disk import disk_faults, human_bytes, sync_folder, write_all
+from fedbiscuit.rundir.ledger import ALL_THAT_WAS_SENT, LEDGER, NOTHING_SENT, read_ledger, summaries
 from fedbiscuit.rundir.lock import is_held, process_lives
-from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, IntegrityError
+from fedbiscuit.types import ConfigError, DataError, EnvironmentFault
 
-__all__ = ["INSTALL", "KEY", "LEDGER", "LOCK", "RUNNING", "SETTINGS", "SiteSettings", "Summary", "check_data"]
-__all__ += ["init_site", "read_ledger", "running_of", "settings_of", "status_lines", "summaries"]
+__all__ = ["INSTALL", "KEY", "LOCK", "RUNNING", "SETTINGS", "SiteSettings", "check_data", "init_site"]
+__all__ += ["running_of", "settings_of", "status_lines"]
 
 INSTALL = "pip install 'fedbiscuit[flower]'"
-KEY, SETTINGS, LEDGER, RUNNING, LOCK = "key", "site.yaml", "ledger.jsonl", "running.json", "start.lock"
+KEY, SETTINGS, RUNNING, LOCK = "key", "site.yaml", "running.json", "start.lock"
 
 Kind = Literal["train", "evaluate", "seat"]
 Digest = Annotated[str, Field(pattern=r"^(nf4:)?[0-9a-f]{64}$")]
@@ -162,55 +161,6 @@ def check_data(files: Sequence[Path]) -> CheckReport:
 # Status
 
 
-@dataclass
-class Summary:
-    """The ledger's lines about one run, summed up. Times in seconds since 1970; ``not_done`` counts tasks by reason,
-    ``errors`` whole orders.
-    """
-
-    first: float
-    last: float
-    orders: int = 0
-    rounds: set[int] = field(default_factory=set)
-    asked: Counter[str] = field(default_factory=Counter)
-    sent: Counter[str] = field(default_factory=Counter)
-    not_done: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-
-
-def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a ledger; one that a crash has torn is passed over. ``IntegrityError`` for a line of another kind."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise EnvironmentFault(f"{path}: cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        row: Any = None
-        with suppress(ValueError):
-            row = json.loads(line)
-        if isinstance(row, dict):
-            if not {"time", "run", "rounds", "asked", "bytes_in", "bytes_out"} <= row.keys():
-                raise IntegrityError(f"{path}:{number}: not a line of a ledger; has somebody written to it?")
-            yield row
-
-
-def summaries(rows: Iterator[Mapping[str, Any]]) -> dict[str, Summary]:
-    """By run, in the order of their first lines."""
-    found: dict[str, Summary] = {}
-    for row in rows:
-        one = found.setdefault(row["run"], Summary(row["time"], row["time"]))
-        one.last = row["time"]
-        one.orders += 1
-        one.rounds |= set(row["rounds"])
-        one.asked.update(row["asked"])
-        one.sent.update({key: row.get(key, 0) for key in ("deltas", "seats", "bytes_in", "bytes_out")})
-        one.not_done.update({why: len(clients) for why, clients in row.get("not_done", {}).items()})
-        one.errors.update([row["error"]] if "error" in row else [])
-    return found
-
-
 def running_of(folder: Path) -> dict[str, Any]:
     """What ``client start`` has written down about its processes, empty where it does not run."""
     if not is_held(folder / LOCK):
@@ -249,10 +199,7 @@ def status_lines(folder: Path) -> Iterator[str]:
         for why, count in sorted(one.errors.items()):
             yield f"  refused: {count} x {why}"
     yield ""
-    if found:
-        yield "These answers, with the names of clients and how many comparisons they trained on, are all that the worker sent."
-    else:
-        yield "No message has come yet, and nothing was sent."
+    yield ALL_THAT_WAS_SENT if found else NOTHING_SENT
 
 
 def _process(pid: int) -> str:

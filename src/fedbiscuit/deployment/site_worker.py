@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedbiscuit.backends.worker import Rules, Worker, serve_at
-from fedbiscuit.deployment.site import LEDGER, settings_of
+from fedbiscuit.deployment.site import settings_of
 from fedbiscuit.pipeline.site import Site
+from fedbiscuit.rundir.ledger import LEDGER
 
 __all__ = ["serve"]
 

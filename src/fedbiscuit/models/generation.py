@@ -9,7 +9,7 @@ batch, but for the last bits of floating point.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +42,16 @@ class Completion:
 
 @torch.no_grad()
 def generate(
-    lm: LM, prompts: Sequence[Sequence[int]], num_completions: int, how: Sampling, key: tuple[object, ...]
+    lm: LM,
+    prompts: Sequence[Sequence[int]],
+    num_completions: int,
+    how: Sampling,
+    key: tuple[object, ...],
+    progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[Completion]]:
     """``num_completions`` completions for each prompt (token ids), sampled with the adapter as it is now.
+
+    progress: is told how many tokens the longest one has; what it raises ends the writing.
 
     Prompts are cut off by position: the completion is what stands behind the prompt's last place (mistake 12).
     """
@@ -66,6 +73,7 @@ def generate(
         for row, token in zip(live, chosen.tolist(), strict=True):
             tokens[row].append(token)
             finished[row] = token in ends
+        progress(step + 1)
         stay = [i for i, row in enumerate(live) if not finished[row]]
         if not stay or step + 1 == how.max_new_tokens:
             break

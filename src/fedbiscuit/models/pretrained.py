@@ -13,18 +13,20 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedbiscuit.config import LoraSettings, ModelSettings, load_config
 from fedbiscuit.data.encoding import EncodedComparison, parse_template
 from fedbiscuit.data.records import text_of
 from fedbiscuit.models import selector as reading
 from fedbiscuit.models.hub import download
-from fedbiscuit.models.lm import digest_of, load_lm, quantize_of, resolve_model
+from fedbiscuit.models.lm import LM, digest_of, load_lm, quantize_of, resolve_model
 from fedbiscuit.models.selector import VOTES, choice_probability, letter_margins
 from fedbiscuit.models.selector_file import SELECTOR_FILE, SelectorFile, read_selector_file, selector_file_of
-from fedbiscuit.rundir import RunDir, read_adapter, read_adapter_config
+from fedbiscuit.rundir import RunDir, base_of, read_adapter, read_adapter_config
 from fedbiscuit.types import Comparison, ConfigError, DataError, IntegrityError, Weights
 
-__all__ = ["Selector"]
+__all__ = ["Selector", "load_policy"]
 
 log = logging.getLogger("fedbiscuit")
 
@@ -93,28 +95,37 @@ class Selector:
         So p for (a, b) is 1 - p for (b, a), and 0.5 for equal answers. A long prompt is shortened from its end. too_long: what
         to return where the two answers alone do not fit; None: that is a ``DataError``. batch_size: pairs at a time.
         """
+        order, each = self._read(pairs, batch_size)
+        said = reading.vote(each, self.vote).probability.tolist() if order else []
+        found = dict(zip(order, said, strict=True))
+        unread = [i for i in range(len(pairs)) if i not in found]
+        if unread and too_long is None:
+            raise DataError(
+                f"pair {unread[0]}: its two answers do not fit the {self.reader.max_tokens} tokens that this selector reads; "
+                "shorten them, or say what to return for such a pair with too_long=0.5"
+            )
+        if unread:
+            log.warning("%d of %d pairs are too long to be read and count as %s", len(unread), len(pairs), too_long)
+        return [found[i] if i in found else float(too_long or 0.0) for i in range(len(pairs))]
+
+    def choose_each(self, pairs: Sequence[Pair], batch_size: int = 16) -> list[list[float] | None]:
+        """The same of each selector by itself, for each pair; None for a pair that is too long to be read."""
+        order, each = self._read(pairs, batch_size)
+        found = dict(zip(order, each.T.tolist(), strict=True))
+        return [found.get(i) for i in range(len(pairs))]
+
+    def _read(self, pairs: Sequence[Pair], batch_size: int) -> tuple[list[int], Tensor]:
+        """Which pairs can be read, and (U, n) probabilities of theirs."""
         comparisons = [_comparison(i, pair) for i, pair in enumerate(pairs)]
         encoded: dict[int, EncodedComparison] = {}
         for i, comparison in enumerate(comparisons):
             fitting, _ = self.reader.encode([comparison])
             if fitting:
                 encoded[i] = fitting[0]
-            elif too_long is None:
-                raise DataError(
-                    f"pair {i}: its two answers do not fit the {self.reader.max_tokens} tokens that this selector reads; "
-                    "shorten them, or say what to return for such a pair with too_long=0.5"
-                )
         self.reader.lm.forget_texts()
-        if len(encoded) < len(comparisons):
-            missing = len(comparisons) - len(encoded)
-            log.warning("%d of %d pairs are too long to be read and count as %s", missing, len(comparisons), too_long)
         order = sorted(encoded, key=lambda i: comparisons[i].prompt)  # neighbours share their prompt
-        said: list[float] = []
-        if order:
-            margins = letter_margins(self.reader, self.adapters, [encoded[i] for i in order], batch_size)
-            said = reading.vote(choice_probability(margins, self.temperature), self.vote).probability.tolist()
-        found = dict(zip(order, said, strict=True))
-        return [found[i] if i in found else float(too_long or 0.0) for i in range(len(comparisons))]
+        margins = letter_margins(self.reader, self.adapters, [encoded[i] for i in order], batch_size)
+        return order, choice_probability(margins, self.temperature)
 
     def win_rates(self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int = 16) -> list[float]:
         """For each completion its mean probability of winning against the others of the same prompt: 0 to 1, a reward.
@@ -138,6 +149,29 @@ class Selector:
             points[i].append(p)
             points[j].append(1 - p)
         return [sum(mine) / len(mine) if mine else 0.5 for mine in points]
+
+
+def load_policy(source: str | Path, *, base: str | None = None, device: str = "auto", dtype: str = "auto") -> LM:
+    """The LM of an aligned policy with its adapter in the slot: of a run, of what ``fedbiscuit export --policy`` wrote, or of
+    a Hub name. ``base`` as for ``Selector.from_pretrained``.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = download(str(source))
+    place, named = folder, base
+    if (folder / "config.yaml").is_file():
+        cfg = load_config(folder / "config.yaml")
+        place, named = folder / "policy", base or (cfg.policy_model or cfg.model).base
+    if not (place / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder}: no aligned policy here; name a run that `fedbiscuit align` has finished, or what "
+            "`fedbiscuit export --policy` wrote"
+        )
+    sha256 = base_of(place)
+    told = read_adapter_config(place).get("base_model_name_or_path", "")
+    lm = load_lm(_on_base(folder, told, sha256, named, {"device": device, "dtype": dtype, "lora": _lora_of(place)}))
+    lm.put_adapter(read_adapter(place, base=sha256))
+    return lm
 
 
 def _found_in(folder: Path) -> tuple[SelectorFile, list[Path]]:
@@ -166,29 +200,32 @@ def _model_settings(
         if base is not None:
             raise ConfigError(f"{folder}: a merged model has its base in it; leave base out")
         return ModelSettings.model_validate({**table, "base": str(folder), "lora": LoraSettings(r=1, dropout=0.0)})
-    quantize = quantize_of(content.base_sha256)
-    try:
-        digest = digest_of(resolve_model(base or content.base)[1], quantize)
-    except ConfigError as error:
-        if base is not None:
-            raise
-        raise ConfigError(
-            f"{folder}: its base model, {content.base} (sha256 {content.base_sha256:.16}...), is not found here; give it with "
-            f"base=FOLDER ({error})"
-        ) from error
-    if digest != content.base_sha256:
-        raise IntegrityError(
-            f"{folder}: trained on {content.base} with sha256 {content.base_sha256:.16}..., but {base or content.base} has "
-            f"{digest:.16}...; give the model that it was trained on with base=..., or ask for a merged export"
-        )
     configs = [_lora_of(place) for place in places]
     if any(config != configs[0] for config in configs):
         raise IntegrityError(
             f"{folder}: its adapters differ in their LoRA settings; load them one by one with only=0, 1, ..."
         )
-    return ModelSettings.model_validate(
-        {**table, "base": base or content.base, "quantize": quantize, "lora": configs[0]}
-    )
+    return _on_base(folder, content.base, content.base_sha256, base, table | {"lora": configs[0]})
+
+
+def _on_base(folder: Path, named: str, sha256: str, base: str | None, table: Mapping[str, Any]) -> ModelSettings:
+    """Settings with the base model of an adapter, found under the name that it gives or under ``base``, and checked."""
+    quantize = quantize_of(sha256)
+    try:
+        digest = digest_of(resolve_model(base or named)[1], quantize)
+    except ConfigError as error:
+        if base is not None:
+            raise
+        raise ConfigError(
+            f"{folder}: its base model, {named} (sha256 {sha256:.16}...), is not found here; give it with "
+            f"base=FOLDER ({error})"
+        ) from error
+    if digest != sha256:
+        raise IntegrityError(
+            f"{folder}: trained on {named} with sha256 {sha256:.16}..., but {base or named} has "
+            f"{digest:.16}...; give the model that it was trained on with base=..., or ask for a merged export"
+        )
+    return ModelSettings.model_validate({**table, "base": base or named, "quantize": quantize})
 
 
 def _lora_of(place: Path) -> LoraSettings:

@@ -81,12 +81,13 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
         voted = judge_by_vote(scores, cfg.labels.vote, cfg.labels.temperature)
         cooled = judge_by_vote(scores, cfg.labels.vote, temperature) if temperature else None
         rows.append(summarize("vote of all selectors", voted, key, resamples, cooled))
+    as_one: dict[ClientId, Judged] = {}
     if (run.path / "global").is_dir():
         everyone = dict.fromkeys(test, 0)
-        judged = judge_by_group(
+        as_one = judge_by_group(
             score_clients(session.selector, session.selectors("global"), test, everyone, batch_size), everyone
         )
-        rows.append(summarize("one global selector", judged, key, resamples))
+        rows.append(summarize("one global selector", as_one, key, resamples))
     untrained: dict[ClientId, Judged] = {}
     if cfg.evaluation.compare_raw:
         no_change = {name: torch.zeros_like(weights) for name, weights in adapters[0].items()}
@@ -118,6 +119,7 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
                 "comparisons": len(own[client].choice),
                 "baseline_longer": longer[client].accuracy,
                 **({"vote": voted[client].accuracy} if voted else {}),
+                **({"same_as_global": _agree(own[client], as_one[client])} if as_one else {}),
                 **({"baseline_raw": untrained[client].accuracy} if untrained else {}),
             }
             for client in sorted(own)
@@ -127,6 +129,11 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
         "calibration": calibration(own),
         "adjusted_rand_index": adjusted_rand_index(grouping, truth) if truth and not single and not own_only else None,
     }
+
+
+def _agree(mine: Judged, other: Judged) -> float:
+    """How often two selectors choose the same answer."""
+    return float(((mine.probability > 0.5) == (other.probability > 0.5)).mean())
 
 
 def _grouping(session: Session, folder: str) -> dict[ClientId, int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from fedbiscuit.data.visible import visible
 
 __all__ = [
     "Cell",
@@ -21,10 +22,6 @@ __all__ = [
     "visible",
 ]
 
-HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-JOINERS = "\u200c\u200d"
-"""Invisible, but part of ordinary writing: Persian, Indic scripts, emoji."""
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -33,16 +30,6 @@ class Cell:
     text: str
     remark: str = ""
     kind: str = ""
-
-
-def visible(text: str) -> str:
-    """The text with everything that would hide or reorder it written out, such as ``\\u202e``."""
-    return "".join(
-        c
-        if c in "\n\t" or c in JOINERS or unicodedata.category(c) not in HIDDEN
-        else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text.replace("\r\n", "\n")
-    )
 
 
 def escaped(text: object) -> str:

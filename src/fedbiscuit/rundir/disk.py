@@ -169,11 +169,11 @@ def _open_regular(path: Path) -> int:
 # Writing
 
 
-def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
+def write_synced(path: Path, chunks: Iterable[bytes | memoryview], mode: int = 0o666) -> str:
     """Write a new file in pieces, fsync it; the hex sha256 of what was written. OSError is the caller's."""
     digest = hashlib.sha256()
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = os.open(path, flags, mode)
     try:
         for chunk in chunks:
             digest.update(chunk)
@@ -204,16 +204,17 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: str | Path, data: bytes | str) -> str:
+def atomic_write(path: str | Path, data: bytes | str, mode: int = 0o666) -> str:
     """Replace a file so that a crash leaves the old or the new one, never a mixture; returns the hex sha256.
 
+    mode: who may read it, less what the umask takes away.
     On any failure the old file stays, the temporary one is removed, and the message is an ``EnvironmentFault``.
     """
     path, payload = Path(path), data.encode("utf-8") if isinstance(data, str) else data
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with disk_faults(path, len(payload)):
         try:
-            digest = write_synced(temporary, [payload])
+            digest = write_synced(temporary, [payload], mode)
             crash_point("file_written")
             os.replace(temporary, path)
         except BaseException:

@@ -1,0 +1,126 @@
+"""The station's SQLite file: its tables, and how it is opened: durable, for its owner alone, of a version that we know."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import stat
+from pathlib import Path
+
+from fedbiscuit.rundir.disk import disk_faults
+from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError
+
+__all__ = ["DATABASE", "fault_of", "open_database", "private_folder"]
+
+DATABASE = "station.sqlite"
+VERSION = 1
+
+SCHEMA = """
+CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE prompts (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, text TEXT NOT NULL, blind INTEGER NOT NULL,
+  state TEXT NOT NULL CHECK (state IN ('waiting', 'written', 'failed')), error TEXT NOT NULL DEFAULT '',
+  time TEXT NOT NULL, UNIQUE (text, blind)
+) STRICT;
+CREATE TABLE pairs (
+  number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+  prompt TEXT NOT NULL, output_a TEXT NOT NULL, output_b TEXT NOT NULL,
+  source_a TEXT NOT NULL, source_b TEXT NOT NULL, blind INTEGER NOT NULL, time TEXT NOT NULL
+) STRICT;
+CREATE TABLE disagreements (
+  pair TEXT NOT NULL REFERENCES pairs (id) ON DELETE CASCADE, selectors TEXT NOT NULL, value REAL NOT NULL,
+  PRIMARY KEY (pair, selectors)
+) STRICT;
+CREATE TABLE presentations (
+  number INTEGER PRIMARY KEY AUTOINCREMENT, token TEXT NOT NULL UNIQUE, person TEXT NOT NULL,
+  pair TEXT NOT NULL REFERENCES pairs (id) ON DELETE CASCADE,
+  showing INTEGER NOT NULL, attempt INTEGER NOT NULL, swapped INTEGER NOT NULL, time TEXT NOT NULL,
+  UNIQUE (person, pair, showing, attempt)
+) STRICT;
+CREATE TABLE history (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  kind TEXT NOT NULL CHECK (kind IN ('judged', 'skipped', 'undone', 'flagged')),
+  token TEXT NOT NULL REFERENCES presentations (token) ON DELETE CASCADE,
+  choice INTEGER CHECK (choice IN (0, 1)), seconds REAL, reason TEXT NOT NULL DEFAULT '', time TEXT NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX answered_once ON history (token) WHERE kind IN ('judged', 'skipped');
+CREATE UNIQUE INDEX undone_once ON history (token) WHERE kind = 'undone';
+CREATE TRIGGER append_only BEFORE UPDATE ON history BEGIN SELECT RAISE(ABORT, 'history is append-only'); END;
+"""
+
+
+def private_folder(folder: Path) -> None:
+    """The folder, for its owner alone. One that holds other things is not closed without being asked."""
+    with disk_faults(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid != os.geteuid():
+            raise ConfigError(f"{folder}: belongs to another user; name a folder of yours with --folder")
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            if any(folder.iterdir()):
+                raise ConfigError(f"{folder}: others on this machine may read it; close it with `chmod 700 {folder}`")
+            folder.chmod(0o700)
+
+
+def open_database(path: Path, seed: int | None) -> sqlite3.Connection:
+    """A connection to a file that is made if it is not there; ``seed`` is kept in a new one."""
+    with disk_faults(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        os.fchmod(descriptor, 0o600)  # SQLite gives -wal and -shm the same mode
+        os.close(descriptor)
+    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    try:
+        _prepare(connection, path, seed)
+    except sqlite3.Error as error:
+        connection.close()
+        raise fault_of(error, path) from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> None:
+    """Durable, private, of this version."""
+    for pragma in (
+        "journal_mode = WAL",
+        "synchronous = FULL",
+        "secure_delete = ON",
+        "foreign_keys = ON",
+        "temp_store = MEMORY",  # VACUUM would write a copy of all texts to /tmp
+        "trusted_schema = OFF",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+    connection.execute("BEGIN IMMEDIATE")
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > VERSION:
+        connection.execute("ROLLBACK")
+        raise EnvironmentFault(
+            f"{path}: written by a newer fedbiscuit (version {version} of the store, this one reads up to {VERSION}); "
+            "install the newer one: pip install -U fedbiscuit"
+        )
+    if version == 0:
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            connection.execute("ROLLBACK")
+            raise IntegrityError(
+                f"{path}: a database, but none of the station's; move it away, or name another --folder"
+            )
+        for statement in SCHEMA.split(";\n"):
+            if statement.strip():
+                connection.execute(statement)
+        drawn = secrets.randbits(62) if seed is None else seed
+        connection.execute("INSERT INTO facts VALUES ('seed', ?)", (str(drawn),))
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+    connection.execute("COMMIT")
+
+
+def fault_of(error: sqlite3.Error, path: Path) -> EnvironmentFault | IntegrityError:
+    code = getattr(error, "sqlite_errorname", "")
+    if code.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
+        return IntegrityError(
+            f"{path}: no store that can be read ({error}); take it from a backup, or name another --folder"
+        )
+    if code.startswith("SQLITE_FULL"):
+        return EnvironmentFault(f"{path}: the disk is full; make room. What was answered before is kept")
+    return EnvironmentFault(f"{path}: {error}; check the disk, its rights, and whether another station holds the file")

@@ -1,0 +1,308 @@
+"""The station's store: what is kept once, what is taken back, who may read it, and what is left when it is deleted."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from fedbiscuit.station.database import DATABASE
+from fedbiscuit.station.exchange import COMPARISONS, refresh
+from fedbiscuit.station.nouns import Pair, pair_id
+from fedbiscuit.station.station import Station
+from fedbiscuit.station.store import Store
+from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, IntegrityError
+
+BASIL = Pair.of("How do I keep basil alive?", "Water it.", "Sing to it.")
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    with Store.open(tmp_path / "station", seed=1) as found:
+        found.add_pairs([BASIL])
+        yield found
+
+
+def kinds(store: Store) -> list[str]:
+    return [event.kind for event in store.history()]
+
+
+# Judging
+
+
+def test_the_answer_shown_first_is_kept_in_the_pairs_own_order(store):
+    turned = store.show("ann", BASIL.id, 0, True)
+    assert (turned.first, turned.second) == (BASIL.output_b, BASIL.output_a)
+    event = store.judge(turned.token, 0, 2.5, "it made me laugh")
+    assert (event.choice, event.first_preferred, event.seconds, event.reason) == (1, True, 2.5, "it made me laugh")
+    straight = store.show("bo", BASIL.id, 0, False)
+    assert store.judge(straight.token, 0).choice == 0
+    assert event.time.endswith("Z")
+
+
+def test_a_token_is_answered_once_whatever_is_clicked_next(store):
+    token = store.show("ann", BASIL.id, 0, False).token
+    first = store.judge(token, 0)
+    assert store.judge(token, 1) == store.judge(token, None) == store.skip(token) == first
+    assert kinds(store) == ["judged"]
+
+
+def test_twenty_threads_that_click_at_once_give_one_judgement(store):
+    token, start = store.show("ann", BASIL.id, 0, False).token, threading.Barrier(20)
+
+    def click(number: int) -> None:
+        start.wait(30)
+        store.judge(token, number % 2)  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=click, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert kinds(store) == ["judged"]
+
+
+def test_two_processes_give_one_judgement_too(store):
+    with Store.open(store.folder) as other:
+        token = store.show("ann", BASIL.id, 0, False).token
+        assert other.show("ann", BASIL.id, 0, False).token == token
+        assert other.judge(token, 1) == store.judge(token, 0)
+
+
+def test_an_undo_is_a_record_and_the_pair_comes_again_as_it_was(store):
+    shown = store.show("ann", BASIL.id, 0, True)
+    store.judge(shown.token, 0)
+    again = store.undo("ann", shown.token)
+    assert again is not None
+    assert (again.pair, again.swapped, store.open_presentation("ann")) == (BASIL, True, again)
+    assert again.token != shown.token
+    assert [(event.kind, event.undone) for event in store.history()] == [("judged", True), ("undone", False)]
+    assert store.undo("ann", shown.token) is None  # a second click
+    assert store.judge(shown.token, 1).number == 1  # a tab from before the undo
+    assert store.judge(again.token, 1).choice == 0
+    assert kinds(store) == ["judged", "undone", "judged"]
+
+
+def test_a_flag_leaves_the_pair_open(store):
+    shown = store.show("ann", BASIL.id, 0, False)
+    store.flag(shown.token, "rude")
+    assert store.open_presentation("ann") == shown
+    store.judge(shown.token, 0)
+    assert kinds(store) == ["flagged", "judged"]
+
+
+def test_what_was_written_down_cannot_be_changed(store):
+    store.judge(store.show("ann", BASIL.id, 0, False).token, 0)
+    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+        store._connection.execute("UPDATE history SET choice = 1")
+
+
+def test_seconds_that_cannot_be_are_not_kept(store):
+    for number, seconds in enumerate((float("nan"), -1.0, 1e9)):
+        store.add_pairs([Pair.of("p", "a", f"b{number}")])
+        shown = store.show("ann", pair_id("p", "a", f"b{number}"), 0, False)
+        assert store.judge(shown.token, 0, seconds).seconds is None
+
+
+def test_a_token_of_nobody_is_refused(store):
+    with pytest.raises(DataError, match="not known here"):
+        store.judge("made-up", 0)
+
+
+def test_a_pair_is_one_pair_in_either_order(store):
+    assert store.add_pairs([Pair.of(BASIL.prompt, BASIL.output_b, BASIL.output_a)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("a\x00b", "NUL"),
+        ("a\ud800b", "half of a character"),
+        ("x" * (1 << 20), "shorten"),
+    ],
+)
+def test_fault_04_05_texts_that_an_export_could_not_carry_are_refused(store, text, why):
+    with pytest.raises(DataError, match=why):
+        store.add_pairs([Pair.of("p", text, "b")])
+    with pytest.raises(DataError, match=why):
+        store.add_prompts([text])
+    assert store.pairs() == [BASIL]
+
+
+def test_fault_28_hidden_characters_come_back_as_they_were_written(store):
+    """The page shows them as escapes (test_station_page.py); what is trained on is what was compared."""
+    odd = Pair.of("\u202edrawkcab\u200b", "\x1b[31mred", "<script>alert(1)</script>")
+    store.add_pairs([odd])
+    assert store.pair(odd.id) == odd
+
+
+def test_a_choice_is_on_the_disk_when_the_call_returns(store):
+    """The settings of SQLite that promise it; that a power cut keeps it cannot be tried here."""
+    told = [
+        store._connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("journal_mode", "synchronous", "secure_delete")
+    ]
+    assert told == ["wal", 2, 1]
+
+
+# Who may read it
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+
+
+def test_every_file_is_for_its_owner_alone_while_it_is_open_and_after(tmp_path):
+    folder = tmp_path / "deep" / "station"
+    with Store.open(folder) as store:
+        store.add_pairs([BASIL])
+        store.judge(store.show("ann", BASIL.id, 0, False).token, 0)
+        refresh(store)
+        found = modes(folder)
+        assert found.keys() >= {DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", COMPARISONS}
+        assert set(found.values()) == {0o600}
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert set(modes(folder).values()) == {0o600}
+
+
+def test_a_folder_that_others_may_read_is_refused_unless_it_is_empty(tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    (folder / "holiday.jpg").touch()
+    with pytest.raises(ConfigError, match=f"chmod 700 {folder}"):
+        Store.open(folder)
+    (folder / "holiday.jpg").unlink()
+    Store.open(folder).close()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_link_in_the_place_of_the_store_is_not_followed(tmp_path):
+    (tmp_path / "station").mkdir(mode=0o700)
+    (tmp_path / "station" / DATABASE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EnvironmentFault):
+        Store.open(tmp_path / "station")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# Files that are not ours
+
+
+def test_a_store_of_a_newer_version_is_left_alone(tmp_path):
+    Store.open(tmp_path / "s").close()
+    with sqlite3.connect(tmp_path / "s" / DATABASE) as db:
+        db.execute("PRAGMA user_version = 7")
+    db.close()
+    with pytest.raises(EnvironmentFault, match=r"version 7 .* pip install -U fedbiscuit"):
+        Store.open(tmp_path / "s")
+
+
+def test_what_is_no_store_is_named_and_left_alone(tmp_path):
+    (tmp_path / "s").mkdir(mode=0o700)
+    path = tmp_path / "s" / DATABASE
+    path.write_bytes(b"a letter to my mother" * 100)
+    with pytest.raises(IntegrityError, match=str(path)):
+        Store.open(tmp_path / "s")
+    assert path.read_bytes().startswith(b"a letter")
+    path.unlink()
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE money (amount)")
+    db.close()
+    with pytest.raises(IntegrityError, match="none of the station's"):
+        Store.open(tmp_path / "s")
+
+
+# Deleting
+
+
+def bytes_of(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+SECRETS = {
+    "prompt": "my-secret-illness",
+    "output_a": "answer-with-a-name",
+    "output_b": "other-answer-with-a-name",
+    "reason": "because-of-my-boss",
+}
+
+
+@pytest.fixture
+def confessed(tmp_path: Path):
+    """A station with two pairs, one of them private, judged by two people, and much that came and went."""
+    store = Store.open(tmp_path / "station", seed=1)
+    secret = Pair.of(*(SECRETS[key] + " " + "long " * 900 for key in ("prompt", "output_a", "output_b")))
+    store.add_prompts([secret.prompt, BASIL.prompt])
+    store.add_pairs([BASIL, secret, *(Pair.of(f"filler {i} " * 50, "a", "b") for i in range(20))])
+    station = Station(store, "ann")
+    for person in ("ann", "bo"):
+        for pair in (BASIL, secret):
+            store.judge(
+                store.show(person, pair.id, 0, False).token, 0, 3.0, SECRETS["reason"] if pair == secret else ""
+            )
+    station.settle()
+    refresh(store)
+    for text in SECRETS.values():
+        assert text.encode() in bytes_of(store.folder)
+    yield station, secret
+    station.close()
+    store.close()
+
+
+@pytest.mark.parametrize("after", ["at once", "after closing"])
+@pytest.mark.parametrize("what", ["the pair", "everything"])
+def test_what_is_deleted_is_in_no_file_of_the_folder(confessed, what, after):
+    station, secret = confessed
+    (station.store.folder / f".tmp-{COMPARISONS}-4194305").write_text(SECRETS["prompt"])  # a crash has left these
+    upload = station.store.folder / ".upload-x"
+    upload.mkdir()
+    (upload / "upload.jsonl").write_text(SECRETS["prompt"])
+    os.utime(upload, (0, 0))
+    if what == "the pair":
+        station.forget_pair(secret.id)
+        assert {event.pair for event in station.store.history()} == {BASIL.id}
+    else:
+        station.forget_all()
+        assert station.store.pairs() == station.store.prompts() == station.store.history() == []
+        assert not (station.store.folder / COMPARISONS).exists()
+    if after == "after closing":
+        station.close()
+        station.store.close()
+    left = bytes_of(station.store.folder)
+    assert [text for text in SECRETS.values() if text.encode() in left] == []
+    assert (BASIL.output_a.encode() in left) == (what == "the pair")
+
+
+def test_forget_me_removes_what_one_person_said_and_nothing_else(confessed):
+    station, _ = confessed
+    station.forget_person()
+    assert {event.person for event in station.store.history()} == {"bo"}
+    assert station.store.people() == ["bo"]
+    assert len(station.store.pairs()) == 22
+    assert b'"ann"' not in bytes_of(station.store.folder)
+
+
+def test_a_pair_that_is_deleted_may_come_back_and_is_asked_anew(confessed):
+    station, secret = confessed
+    station.forget_pair(secret.id)
+    assert station.store.add_pairs([secret]) == 1
+    assert secret.id not in {event.pair for event in station.store.history()}
+
+
+def test_deleting_says_so_where_another_process_still_reads_what_was_there(confessed):
+    station, secret = confessed
+    reader = sqlite3.connect(station.store.folder / DATABASE, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM pairs").fetchone()
+    station.store._connection.execute("PRAGMA busy_timeout = 50")
+    with pytest.raises(EnvironmentFault, match="another"):
+        station.forget_pair(secret.id)
+    reader.close()
+    station.forget_all()
+    assert SECRETS["prompt"].encode() not in bytes_of(station.store.folder)
