@@ -813,7 +813,7 @@ def station_forget(
 
     Example: fedbiscuit station forget --everything
     """
-    from fedbiscuit.station.exchange import refresh
+    from fedbiscuit.station.exchange import refresh, sweep
 
     if (bool(pair), bool(person), everything).count(True) != 1:
         raise ConfigError("station forget: say what: --pair ID, --person NAME or --everything")
@@ -826,6 +826,7 @@ def station_forget(
             store.forget_person(person)
         else:
             store.forget_all()
+        sweep(store)
         refresh(store)
     print("deleted")
 

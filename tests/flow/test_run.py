@@ -12,12 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fedbiscuit
 from fedbiscuit import pipeline
 from fedbiscuit.config import Config, parse_config
+from fedbiscuit.evaluation.metrics import Judged
+from fedbiscuit.pipeline import comparing
+from fedbiscuit.station.looking import what_was_learned
 from fedbiscuit.types import ConfigError, IntegrityError, rng_for
 
 NOT_COMPARED = {"timings.jsonl", "run.lock", "report.html", "manifest.json", "config.yaml"}
@@ -126,6 +130,27 @@ def test_the_log_has_a_line_a_round_with_the_phase_groups_and_bytes(finished):
     assert all(row["bytes_up"] > 0 and row["bytes_down"] > 0 for row in rows)
     assert "accuracy" in rows[1]["metrics"]["validation"]
     assert len(lines(run / "global_metrics.jsonl")) == cfg.selectors.rounds
+
+
+def test_the_station_reads_in_a_run_what_was_learned_from_each_client(finished):
+    run, cfg = finished
+    clients = json.loads((run / "evaluation.json").read_text())["selectors"]["clients"]
+    assert len(clients) >= 2
+    for client, row in clients.items():
+        found = what_was_learned(run, client)
+        assert (found.group, found.final, found.pairs) == (row["adapter"], row["accuracy"], row["comparisons"])
+        assert found.num_groups == cfg.selectors.num_adapters
+        assert 0 <= found.with_global <= 1
+        assert found.with_global * found.pairs == pytest.approx(round(found.with_global * found.pairs))
+        assert found.rounds
+        assert found.missing == ()
+
+
+def test_two_selectors_agree_where_they_choose_the_same_answer():
+    mine, other = (
+        Judged(np.array(p), np.zeros(3), np.zeros(3), np.zeros((3, 2))) for p in ([0.9, 0.2, 0.6], [0.8, 0.7, 0.6])
+    )
+    assert comparing._agree(mine, other) == pytest.approx(2 / 3)
 
 
 def test_adapters_load_with_peft_and_preferences_load_as_a_trl_dataset(finished, tiny_model):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import signal
 import sqlite3
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -155,6 +158,41 @@ def test_looking_at_and_importing_into_a_station_loads_neither_torch_nor_a_web_f
     )
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert shown.stdout.splitlines()[-1] == "LOADED [0, 0, 0] []", shown.stderr
+
+
+def test_the_station_starts_by_its_command_answers_and_stops_by_a_signal(tmp_path):
+    pytest.importorskip("fastapi", reason="the station needs fedbiscuit[station]")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a question", "output_a": "x", "output_b": "y"}\n')
+    words = ["--pairs", tmp_path / "pairs.jsonl", "--folder", tmp_path / "station", "--no-browser", "--person", "ann"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedbiscuit", "station", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        told = [process.stdout.readline() for _ in range(2)]
+        assert told[0] == f"1 new pairs from {tmp_path / 'pairs.jsonl'}\n"
+        address = told[1].split()[-1]
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(), urllib.request.ProxyHandler({}))
+        page = opener.open(address, timeout=60).read().decode()
+        assert "a question" in page
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address.partition("?")[0], timeout=60)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+        assert process.returncode == 130
+    finally:
+        process.kill()
+        process.wait(60)
+    with Store.open(tmp_path / "station") as store:
+        assert store.people() == ["ann"]
+
+
+def test_without_its_extra_the_station_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, said = command(capsys, "station", "--folder", tmp_path / "station")
+    assert (code, "pip install 'fedbiscuit[station]'" in said) == (3, True)
+    assert not (tmp_path / "station").exists()
 
 
 # With a model

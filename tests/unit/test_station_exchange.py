@@ -18,7 +18,7 @@ from fedbiscuit.station.queue import Asking, consistency, present
 from fedbiscuit.station.station import Station
 from fedbiscuit.station.status import status_lines
 from fedbiscuit.station.store import Store
-from fedbiscuit.types import DataError
+from fedbiscuit.types import ConfigError, DataError
 
 
 @pytest.fixture
@@ -135,6 +135,14 @@ def test_nothing_is_written_where_nothing_was_judged(store, tmp_path):
     with pytest.raises(DataError, match="bo has judged nothing"):
         export(store, tmp_path / "out.jsonl", person="bo")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_export_replaces_nothing(store, tmp_path):
+    judged(store, 2)
+    (tmp_path / "letter.jsonl").write_text("dear mother")
+    with pytest.raises(ConfigError, match="replaces nothing"):
+        export(store, tmp_path / "letter.jsonl")
+    assert (tmp_path / "letter.jsonl").read_text() == "dear mother"
 
 
 # The derived file

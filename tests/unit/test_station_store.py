@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import stat
 import threading
@@ -141,6 +142,15 @@ def test_fault_28_hidden_characters_come_back_as_they_were_written(store):
     assert store.pair(odd.id) == odd
 
 
+def test_a_choice_is_on_the_disk_when_the_call_returns(store):
+    """The settings of SQLite that promise it; that a power cut keeps it cannot be tried here."""
+    told = [
+        store._connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("journal_mode", "synchronous", "secure_delete")
+    ]
+    assert told == ["wal", 2, 1]
+
+
 # Who may read it
 
 
@@ -249,7 +259,11 @@ def confessed(tmp_path: Path):
 @pytest.mark.parametrize("what", ["the pair", "everything"])
 def test_what_is_deleted_is_in_no_file_of_the_folder(confessed, what, after):
     station, secret = confessed
-    (station.store.folder / f".tmp-{COMPARISONS}-4194305").write_text(SECRETS["prompt"])  # a crash has left it
+    (station.store.folder / f".tmp-{COMPARISONS}-4194305").write_text(SECRETS["prompt"])  # a crash has left these
+    upload = station.store.folder / ".upload-x"
+    upload.mkdir()
+    (upload / "upload.jsonl").write_text(SECRETS["prompt"])
+    os.utime(upload, (0, 0))
     if what == "the pair":
         station.forget_pair(secret.id)
         assert {event.pair for event in station.store.history()} == {BASIL.id}

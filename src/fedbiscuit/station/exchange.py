@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,25 @@ from fedbiscuit.rundir.values import dump_json
 from fedbiscuit.station.history import history_records, read_history
 from fedbiscuit.station.nouns import Event, Pair
 from fedbiscuit.station.store import Store
-from fedbiscuit.types import DataError
+from fedbiscuit.types import ConfigError, DataError
 
-__all__ = ["COMPARISONS", "FORMS", "Form", "Imported", "export", "import_file", "import_prompts", "records", "refresh"]
+__all__ = [
+    "COMPARISONS",
+    "FORMS",
+    "Form",
+    "Imported",
+    "export",
+    "import_file",
+    "import_prompts",
+    "records",
+    "refresh",
+    "sweep",
+]
 
 Form = Literal["comparisons", "trl", "history"]
 TEST_SHARE = 0.1
+UPLOAD_SECONDS = 60.0
+"""After this an upload that still lies there is one that a crash has left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,12 @@ def records(store: Store, form: Form = "comparisons", person: str | None = None)
 
 
 def export(store: Store, path: Path, form: Form = "comparisons", person: str | None = None) -> int:
-    """Write a file that only its owner may read, whole or not at all; how many lines. ``DataError`` where there are none."""
+    """Write a new file that only its owner may read, whole or not at all; how many lines.
+
+    ``DataError`` where there are none, ``ConfigError`` where there is a file already.
+    """
+    if path.exists():
+        raise ConfigError(f"{path}: is there already, and an export replaces nothing; name another file, or remove it")
     lines = [dump_json(record) + "\n" for record in records(store, form, person)]
     if not lines:
         who = "nobody" if person is None else person
@@ -70,15 +90,9 @@ def export(store: Store, path: Path, form: Form = "comparisons", person: str | N
 
 
 def refresh(store: Store) -> None:
-    """Bring ``comparisons.jsonl`` in the store's folder up to date; without a judgement there is none.
-
-    What a crash has left half written is removed.
-    """
+    """Bring ``comparisons.jsonl`` in the store's folder up to date; without a judgement there is none."""
     path = store.folder / COMPARISONS
     with store.all_or_nothing():  # nobody deletes a text between our reading it and our writing it
-        for torn in store.folder.glob(f".tmp-{COMPARISONS}-*"):
-            if not process_lives(int(torn.name.rpartition("-")[2])):
-                torn.unlink(missing_ok=True)
         text = "".join(dump_json(record) + "\n" for record in records(store)).encode()
         before = None
         with contextlib.suppress(FileNotFoundError):
@@ -87,6 +101,16 @@ def refresh(store: Store) -> None:
             path.unlink(missing_ok=True)
         elif text != before:
             atomic_write(path, text, 0o600)
+
+
+def sweep(store: Store) -> None:
+    """Remove what a crash has left of a file that was being written or uploaded: there are texts in it."""
+    for torn in store.folder.glob(f".tmp-{COMPARISONS}-*"):
+        if not process_lives(int(torn.name.rpartition("-")[2])):
+            torn.unlink(missing_ok=True)
+    for torn in store.folder.glob(".upload-*"):
+        if time.time() - torn.stat().st_mtime > UPLOAD_SECONDS:
+            shutil.rmtree(torn, ignore_errors=True)
 
 
 def _comparisons(store: Store, person: str | None) -> Iterator[dict[str, Any]]:

@@ -43,6 +43,7 @@ class Station:
         self.store, self.person, self.asking = store, person, asking or queue.Asking()
         self.run, self.site = run, site
         self._closed = False
+        exchange.sweep(store)
         exchange.refresh(store)  # a crash may have come between the two
         self._mirror = Background("comparisons.jsonl", self._refresh)
         self.writer = Writer(store, person, authors) if authors is not None else None
@@ -138,6 +139,7 @@ class Station:
         return result
 
     def _forgotten(self) -> None:
+        exchange.sweep(self.store)
         exchange.refresh(self.store)
         self._changed(None)
 
