@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -118,21 +119,26 @@ StationFolder = Annotated[
 ]
 STATION = Path("~/.fedbiscuit/station")
 
-Where = Annotated[
-    Literal["here", "flower"],
-    Parameter(name="--backend", help="here: all clients in this process; flower: on other machines, over Flower"),
-]
-Deploy = Annotated[
-    Path | None, Parameter(show_default=False, help="with --backend flower: the folder of `fedbiscuit server init`")
-]
-Timeout = Annotated[
-    float,
-    Parameter(
-        name="--timeout",
-        validator=validators.Number(gt=0),
-        help="with --backend flower: seconds that one exchange may take",
-    ),
-]
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Clients:
+    """Where the clients are."""
+
+    backend: Annotated[
+        Literal["here", "flower"],
+        Parameter(help="here: all clients in this process; flower: on other machines, over Flower"),
+    ] = "here"
+    deploy: Annotated[
+        Path | None, Parameter(show_default=False, help="with --backend flower: the folder of `fedbiscuit server init`")
+    ] = None
+    timeout: Annotated[
+        float,
+        Parameter(validator=validators.Number(gt=0), help="with --backend flower: seconds that one exchange may take"),
+    ] = 600.0
+
+
+HERE = Clients()
 
 
 @app.command(sort_key=1)
@@ -142,42 +148,39 @@ def run(
     *overrides: Overrides,
     resume: Resume = False,
     gpus: Gpus = 1,
-    where: Where = "here",
-    deploy: Deploy = None,
-    timeout: Timeout = 600.0,
+    clients: Clients = HERE,
 ) -> None:
     """Do everything: train selectors, label, align the policy, evaluate, and write the report.
 
     Example: fedbiscuit run configs/demo.yaml seed=1 selectors.rounds=20
     """
     cfg, is_folder = _settings(config, overrides)
-    from fedbiscuit import pipeline
     from fedbiscuit.report import write_report
     from fedbiscuit.terminal import ProgressLines, print_evaluation, print_next
 
     with ProgressLines() as progress:
-        remotely = _trained_remotely(cfg, where, deploy, resume or is_folder, timeout, progress)
+        remotely = _trained_remotely(cfg, clients, resume or is_folder, progress)
+        from fedbiscuit import pipeline  # slow to load, and a run over Flower does not wait for it
+
         run_dir = pipeline.run_all(cfg, resume=resume or is_folder or remotely, progress=progress, devices=gpus)
     report_path = write_report(run_dir)
     print_evaluation(_evaluation(run_dir))
     print_next(str(report_path), _next_commands(config, overrides, cfg, is_folder))
 
 
-def _trained_remotely(
-    cfg: Config, where: str, deploy: Path | None, resume: bool, timeout: float, progress: ProgressLines
-) -> bool:
+def _trained_remotely(cfg: Config, clients: Clients, resume: bool, progress: ProgressLines) -> bool:
     """Train the selectors over Flower where that is asked for."""
-    if where != "flower":
-        if deploy is not None:
-            raise ConfigError(f"--deploy {deploy}: only with --backend flower; add it, or leave the folder out")
+    if clients.backend != "flower":
+        if clients.deploy is not None:
+            raise ConfigError(f"--deploy {clients.deploy}: only with --backend flower; add it, or leave the folder out")
         return False
-    if deploy is None:
+    if clients.deploy is None:
         raise ConfigError(
             "--backend flower: name the server's folder with --deploy (`fedbiscuit server init` makes it)"
         )
     from fedbiscuit.deployment.running import train_by_flower
 
-    train_by_flower(cfg, deploy, resume, timeout, progress)
+    train_by_flower(cfg, clients.deploy, resume, clients.timeout, progress)
     return True
 
 
@@ -188,22 +191,21 @@ def train(
     *overrides: Overrides,
     resume: Resume = False,
     gpus: Gpus = 1,
-    where: Where = "here",
-    deploy: Deploy = None,
-    timeout: Timeout = 600.0,
+    clients: Clients = HERE,
 ) -> None:
     """Train the selectors federatedly (the first stage of run).
 
     Example: fedbiscuit train configs/two_camps.yaml selectors.num_adapters=2
     """
     cfg, is_folder = _settings(config, overrides)
-    from fedbiscuit import pipeline
     from fedbiscuit.terminal import ProgressLines
 
     with ProgressLines() as progress:
-        if _trained_remotely(cfg, where, deploy, resume or is_folder, timeout, progress):
+        if _trained_remotely(cfg, clients, resume or is_folder, progress):
             run_dir = _run_dir(cfg)
         else:
+            from fedbiscuit import pipeline
+
             run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
     if cfg.selectors.local.objective == "choice":
         _say_next(run_dir, "label", "selectors")

@@ -20,6 +20,7 @@ __all__ = ["serve"]
 
 def serve(folder: Path, socket: Path, files: Sequence[str]) -> bool:
     """Answer at the socket until SIGTERM; whether nothing was left undone."""
+    os.nice(5)  # carrying a message goes first: Flower starts the process for it anew where it is not up in 30 seconds
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
