@@ -271,9 +271,9 @@ def test_a_person_judges_ten_pairs_by_keys_through_undo_reload_and_kill_9_and_a_
 
     assert f"{len(records)} comparisons" in fedbiscuit("data", "check", str(folder / "comparisons.jsonl"))
     (tmp_path / "run.yaml").write_text(
-        f"name: mine\ndata: {{path: {exported}, validation_share: 0.2}}\n"
+        f"name: mine\ndata: {{path: {exported}, val_fraction: 0.2}}\n"
         f"model: {{base: {tiny_model}, device: cpu, threads: 1}}\n"
-        "selectors: {num_adapters: 1, rounds: 1, local: {steps: 1, batch_size: 2}}\n"
+        "selectors: {num_adapters: 1, rounds: 1, cohort_size: 1, local: {steps: 1, batch_size: 2}}\n"
     )
     fedbiscuit("train", "run.yaml")
     assert (tmp_path / "runs" / "mine" / "selectors" / "u0" / "adapter_model.safetensors").is_file()
