@@ -218,3 +218,33 @@ def test_a_job_says_how_it_has_ended_and_with_which_exit_code(tmp_path, tiny_mod
     ended = json.loads((tmp_path / "ended").read_text())
     assert ended["exit_code"] == 2
     assert "--resume" in ended["error"]
+
+
+def test_whose_data_the_server_has_but_who_never_came_is_left_out_of_its_measurements_and_said(
+    tmp_path, tiny_model, sites, caplog
+):
+    nodes, _, _ = sites
+    del nodes[3]  # person-2 and person-5
+    changes = (*CHANGES, "selectors.eval_every=1", "selectors.cohort_size=0")
+    cfg = settings(tmp_path, tiny_model, *changes, name="there")
+    run = pipeline.train_selectors(cfg, connect=over(DictGrid(nodes)))
+    pipeline.evaluate(cfg)
+    last = lines(run / "metrics.jsonl")[-1]["metrics"]["validation"]
+    judged = json.loads((run / "evaluation.json").read_text())
+    there = {"person-0", "person-1", "person-3", "person-4"}
+    assert last["clients"].keys() == judged["selectors"]["clients"].keys() == there
+    assert judged["left_out"]["clients that were there in no round"] == 2
+    assert "2 clients, such as person-2, were there in no round" in caplog.text
+
+
+def test_a_server_that_measures_with_few_of_its_clients_goes_on_to_the_policy_when_they_are_trained(
+    tmp_path, tiny_model, sites
+):
+    nodes, _, rows = sites
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in rows if row["client"] in ("person-0", "person-1")))
+    changes = (*CHANGES, f"data.path={few}", "selectors.cohort_size=4", "selectors.rounds=3")
+    cfg = settings(tmp_path, tiny_model, *changes, name="there")
+    run = pipeline.train_selectors(cfg, connect=over(DictGrid(nodes)))
+    pipeline.run_all(cfg, resume=True)
+    assert (run / "policy").is_dir()

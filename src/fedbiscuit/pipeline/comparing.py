@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from fedbiscuit.pipeline.answers import held_out_answers, kept, mean_words, move
 from fedbiscuit.pipeline.judges import check_judges, judges_of, verdicts
 from fedbiscuit.pipeline.scoring import held_out, scores_of
 from fedbiscuit.pipeline.session import Session
-from fedbiscuit.types import ClientId, ConfigError, DataError, Grouping, Task, Weights
+from fedbiscuit.types import ClientId, Comparison, ConfigError, DataError, Grouping, Task, Weights
 
 __all__ = ["evaluate_run"]
 
@@ -61,6 +61,14 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
         )
     adapters = session.selectors() if session.trains else (run.load_adapter("policy", base=session.lm.digest),)
     grouping = _grouping(session, "selectors")
+    if absent := sorted(test.keys() - grouping.keys()):
+        log.warning(
+            "%d clients, such as %s, were there in no round and have no group; they are left out",
+            len(absent),
+            absent[0],
+        )
+        session.left_out["clients that were there in no round"] = len(absent)
+        test = _seated(test, grouping)
     own_only = cfg.selectors.population == "local"
     total = sum(len(held) for held in test.values())
 
@@ -148,9 +156,14 @@ def _grouping(session: Session, folder: str) -> dict[ClientId, int]:
     return dict(found["adapter_of"])
 
 
+def _seated(held: Mapping[ClientId, Sequence[Comparison]], grouping: Grouping) -> dict[ClientId, Sequence[Comparison]]:
+    """Those with a group: real clients whose comparisons are known here may never have been connected."""
+    return {client: comparisons for client, comparisons in held.items() if client in grouping}
+
+
 def _temperature(session: Session, adapters: Sequence[Weights], grouping: Grouping) -> float | None:
     """The temperature that fits the own group's selectors to the validation comparisons; the experimenter's number."""
-    held = held_out(session.clients, "validation", session.cfg.evaluation.max_comparisons)
+    held = _seated(held_out(session.clients, "validation", session.cfg.evaluation.max_comparisons), grouping)
     return fit_temperature(scores_of(session, adapters, held, grouping), grouping)
 
 

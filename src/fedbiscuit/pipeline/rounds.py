@@ -10,7 +10,7 @@ from fedbiscuit.config import FederatedSettings
 from fedbiscuit.data.partition import pooled
 from fedbiscuit.evaluation.metrics import summarize
 from fedbiscuit.evaluation.selectors import judge_by_group
-from fedbiscuit.federated.algorithm import assign, fedbiscuit_round, init_state
+from fedbiscuit.federated.algorithm import assign, fedbiscuit_round, init_state, phase_of
 from fedbiscuit.models.cards import baseline_card, reward_card, selector_card
 from fedbiscuit.pipeline.devices import backend_for
 from fedbiscuit.pipeline.scoring import held_out, scores_of
@@ -37,7 +37,7 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
     """Rounds, from the last saved state to the end: run, evaluate when due, log, save, stop early."""
     run, seed = session.run, session.cfg.seed
     clients = {"all": pooled(session.clients)} if settings.population == "centralized" else session.clients
-    if not clients and session.connect is None:
+    if session.connect is None and (not clients or _is_trained(session, settings, name, metrics)):
         _take_what_is_trained(session, settings, name, metrics)
         return
     with backend_for(session, clients) as backend:
@@ -74,12 +74,20 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
     _save_adapters(session, settings, state if best is None else _unpacked_state(best[1], best[2]), name)
 
 
+def _is_trained(session: Session, settings: FederatedSettings, name: str, metrics: str) -> bool:
+    """Whether all rounds are done: perhaps by clients on other machines, of whom those whose data are here are some."""
+    found = session.run.load_state(name)
+    if found is None:
+        return False
+    return found[0] >= settings.rounds or _gave_up(session.run.read_lines(metrics), settings.patience)
+
+
 def _take_what_is_trained(session: Session, settings: FederatedSettings, name: str, metrics: str) -> None:
     """The selectors of the last round, where clients on other machines have trained them: nobody here could go on."""
     found = session.run.load_state(name)
     if found is None:
         raise DataError("data.path: empty; name the files with the comparisons to train on")
-    if found[0] < settings.rounds and not _gave_up(session.run.read_lines(metrics), settings.patience):
+    if not _is_trained(session, settings, name, metrics):
         raise DataError(
             f"data.path: empty, and {found[0]} of {settings.rounds} rounds are done; go on with --backend flower --deploy FOLDER"
         )
@@ -97,6 +105,8 @@ def _validate(
 ) -> dict[str, Any]:
     """Validation metrics with the selector of each client's own group: read by the experimenter, who holds all the data."""
     held = held_out(clients, "validation", settings.eval_comparisons)
+    if phase_of(state.round - 1, settings) == "federated":  # real clients whose data are here may not have come yet
+        held = {client: comparisons for client, comparisons in held.items() if client in state.grouping}
     if not held:
         return {}
     grouping = assign(sorted(held), state.round - 1, state.grouping, settings)
