@@ -106,6 +106,7 @@ def _serve(grid: Grid, context: Context) -> None:
     carried.time = slow  # type: ignore[assignment]
     way = SimpleNamespace(
         get_node_ids=_timed("asking for nodes", grid.get_node_ids),
+        get_nodes=_timed("asking for nodes", grid.get_nodes),
         push_messages=_timed("pushing", grid.push_messages),
         pull_messages=_timed("pulling", lambda ids: list(grid.pull_messages(ids))),
     )

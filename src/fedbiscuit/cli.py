@@ -1057,11 +1057,6 @@ def _command_of(words: Sequence[str]) -> str:
             break
         found, level = f"{found}{word} ", level[word]
     return found
-    commands = {name for name in app if not name.startswith("-")}
-    if not words or words[0] not in commands:
-        return ""
-    inner = len(words) > 1 and words[0] in ("data", "client", "station") and words[1] in app[words[0]]
-    return f"{words[0]} {words[1]} " if inner else f"{words[0]} "
 
 
 def _how_to_resume(words: Sequence[str]) -> str:

@@ -68,6 +68,7 @@ def lives(pid: int) -> bool:
 @pytest.mark.skipif(
     not Path("/proc/self/environ").exists(), reason="SKIPPED: it looks at processes as Linux shows them"
 )
+@pytest.mark.quality  # minutes; tests/system/test_flower.py compares the same way in `make test`
 def test_the_quickstart_over_flower_ends_in_the_numbers_of_one_process_and_no_process_calls_home(tmp_path, tiny_model):
     command = [sys.executable, SCRIPT, "--config", ROOT / "configs" / "demo.yaml", "--folder", tmp_path / "out"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}

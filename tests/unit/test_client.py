@@ -242,3 +242,5 @@ def test_scoring_once_more_in_a_round_buys_no_more_answers_to_prices(desk, monke
         ask("seat", 4)
     ask("evaluate", 5)
     ask("seat", 5)
+    with pytest.raises(FederationError, match="in round 6, but scored adapters in round 5"):
+        ask("seat", 6)

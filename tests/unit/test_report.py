@@ -124,6 +124,7 @@ def fake_rounds(
             **({"grouping": grouping} if regrouped else {}),
             "metrics": {"num_replies": 6, "delta_norm": {"0": 0.3}, "clipped": 0},
             "refused": {names[2]: f"its update is not finite{text}"} if number in (7, 11) else {},
+            **({"away": {f"site-c{text}": f"it is not connected{text}"}} if number in (2, 3, 4) else {}),
             "bytes_up": bytes_each * 6,
             "bytes_down": bytes_each * (6 + (num_adapters * len(names) if regrouped else 0)),
         }
@@ -251,8 +252,9 @@ def test_a_finished_run_shows_all_its_tables_figures_examples_and_settings(whole
     page = Page(whole[1])
     figures = [attrs["id"] for attrs in page.named("figure")]
     assert figures == ["accuracy", "clients", "groups", "flips", "calibration", "wins", "alignment", "bytes"]
-    assert len(page.named("table")) == 6
+    assert len(page.named("table")) == 7
     for text in (
+        "site-c 3 it is not connected",
         "FedBiscuit: 2 group selectors",
         "selector of the client's group 79.4% 75–84% 65.0% 6.0% 0.041 0.487",
         "chance 50.0% 50.0% – – –",

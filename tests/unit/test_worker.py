@@ -201,6 +201,17 @@ def test_one_order_may_need_more_than_is_kept(world, monkeypatch):
     assert world.backend.tasks[0].adapters.keys() == {0, 1}
 
 
+def test_what_a_client_scores_anew_makes_its_older_scores_and_seats_be_computed_again(world):
+    first, later = Task("evaluate", "ann", 0), Task("evaluate", "ann", 4)
+    for task in (first, first, later, first):
+        assert world.ask(task).replies[0].ok
+    assert [task.round for task in world.backend.tasks] == [
+        0,
+        4,
+        0,
+    ]  # the second was the same and came from what is kept
+
+
 # Refusals
 
 

@@ -65,6 +65,8 @@ def answer(task: Task, data: ClientData, desk: Desk, memory: Memory) -> Reply:
         return Reply(task.client, metrics={"losses": list(memory.losses)} if task.share_losses else {})
     if len(memory.losses) != len(task.prices):
         raise FederationError(f"asked for a seat among {len(task.prices)}, but scored {len(memory.losses)} adapters")
+    if memory.round != task.round:
+        raise FederationError(f"asked for a seat in round {task.round}, but scored adapters in round {memory.round}")
     if memory.seats_left == 0:
         raise FederationError(f"asked for a seat more than {MAX_SEATS} times; enough prices would tell its losses")
     memory.seats_left -= 1

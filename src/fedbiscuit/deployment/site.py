@@ -68,7 +68,7 @@ models: {}
 # those that were refused; []: any that it has.
 allow_models: []
 
-# So many rounds of a run are answered, from its first; 0: all.
+# So many rounds of a run are answered, from its first, as the server numbers them; 0: all.
 rounds: 0
 
 # A client with fewer comparisons to train on is not named to the server.

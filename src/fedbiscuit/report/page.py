@@ -186,7 +186,7 @@ def _long(text: object) -> str:
 
 
 def _left_out(run: RunView) -> str:
-    if not run.left_out and not run.refused:
+    if not run.left_out and not run.refused and not run.away:
         done = bool(run.evaluation) and bool(run.rounds)
         return (
             "<section>\n<h2>Left out and refused</h2>\n<p>Nothing was left out, and no client’s reply was refused.</p>\n"
@@ -206,6 +206,12 @@ def _left_out(run: RunView) -> str:
         parts.append(table("Refused replies", ("<client", "replies refused", "<last reason"), rows))
         if len(run.refused) > MAX_CLIENTS:
             parts.append(f'<p class="note">and {len(run.refused) - MAX_CLIENTS} more clients; see metrics.jsonl</p>\n')
+    if run.away:
+        sites = [
+            (Cell(site, kind="code"), Cell(f"{times:,}"), Cell(shortened(reason, 300), kind="left code"))
+            for site, (times, reason) in list(run.away.items())[:MAX_CLIENTS]
+        ]
+        parts.append(table("Sites that took no part", ("<site", "rounds", "<last reason"), sites))
     return f"<section>\n<h2>Left out and refused</h2>\n{''.join(parts)}</section>"
 
 

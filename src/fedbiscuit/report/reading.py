@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -90,11 +90,12 @@ class RunView:
     @cached_property
     def refused(self) -> dict[ClientId, tuple[int, str]]:
         """Client to how often its reply was refused, and the reason of the last time."""
-        found: dict[ClientId, tuple[int, str]] = {}
-        for row in self.rounds:
-            for client, reason in row.get("refused", {}).items():
-                found[client] = (found.get(client, (0, ""))[0] + 1, str(reason))
-        return dict(sorted(found.items()))
+        return _last_reasons(row.get("refused", {}) for row in self.rounds)
+
+    @cached_property
+    def away(self) -> dict[str, tuple[int, str]]:
+        """Site to the number of rounds in which it took no part, and the reason of the last time."""
+        return _last_reasons(row.get("away", {}) for row in self.rounds)
 
     @cached_property
     def left_out(self) -> dict[str, int]:
@@ -109,6 +110,15 @@ class RunView:
     def total(self, key: str) -> int:
         """The sum over all rounds of ``bytes_up`` or ``bytes_down``."""
         return sum(row.get(key, 0) for row in self.rounds)
+
+
+def _last_reasons(rounds: Iterable[Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
+    """By name: in how many rounds there was a reason, and the last one."""
+    found: dict[str, tuple[int, str]] = {}
+    for reasons in rounds:
+        for name, reason in reasons.items():
+            found[name] = (found.get(name, (0, ""))[0] + 1, str(reason))
+    return dict(sorted(found.items()))
 
 
 def read_run(run_dir: Path) -> RunView:
