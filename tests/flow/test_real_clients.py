@@ -65,12 +65,8 @@ def test_a_federation_over_three_sites_has_the_bits_of_the_one_in_process_and_no
     assert without_traffic(here) == without_traffic(there)
     ours, theirs = lines(here / "metrics.jsonl"), lines(there / "metrics.jsonl")
     assert all(mine["bytes_up"] < its["bytes_up"] for mine, its in zip(ours, theirs, strict=True))  # headers
-    asked = (
-        sum(len(data) for _, data in grid.seen[:3]),
-        sum(len(one) for one in left[:3]),
-    )  # who is there, before round 0
-    assert sum(row["bytes_down"] for row in theirs) == sum(len(data) for _, data in grid.seen) - asked[0]
-    assert sum(row["bytes_up"] for row in theirs) == sum(len(one) for one in left) - asked[1]
+    assert sum(row["bytes_down"] for row in theirs) == sum(len(data) for _, data in grid.seen)
+    assert sum(row["bytes_up"] for row in theirs) == sum(len(one) for one in left)
     sent = b"".join(left)
     assert len(sent) > 100_000
     for row in rows:
@@ -187,12 +183,12 @@ def test_fault_81_a_round_with_too_few_changes_nothing_and_the_run_goes_on_from_
     run = tmp_path / "runs" / "stopped"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
     pipeline.train_selectors(cfg, resume=True, connect=over(DictGrid({**nodes, **broken})))
-    assert digests(run) == digests(whole)
+    assert without_traffic(run) == without_traffic(whole)
 
 
 def test_a_job_says_how_it_has_ended_and_with_which_exit_code(tmp_path, tiny_model, sites, monkeypatch):
     nodes, _, _ = sites
-    cfg = settings(tmp_path, tiny_model, *CHANGES, "selectors.rounds=1", name="job")
+    cfg = settings(tmp_path, tiny_model, *CHANGES, "selectors.rounds=3", name="job")
     (tmp_path / "job.yaml").write_text(dump_config(cfg))
     job = {
         "config": str(tmp_path / "job.yaml"),
@@ -210,7 +206,7 @@ def test_a_job_says_how_it_has_ended_and_with_which_exit_code(tmp_path, tiny_mod
     monkeypatch.chdir(tmp_path)
     train_remotely(DictGrid(nodes), tmp_path / "job")
     assert json.loads((tmp_path / "ended").read_text()) == {"error": "", "exit_code": 0}
-    (row,) = map(json.loads, (tmp_path / "runs" / "job" / "metrics.jsonl").read_text().splitlines())
+    row = lines(tmp_path / "runs" / "job" / "metrics.jsonl")[0]
     assert row["cohort"] == ["person-0", "person-3"]
     assert row["away"] == {"site-e": "it is not connected"}
     with pytest.raises(ConfigError):
