@@ -17,7 +17,7 @@ from fedbiscuit.station.app import create_app
 from fedbiscuit.station.looking import RoundAccuracy
 from fedbiscuit.station.nouns import Pair
 from fedbiscuit.station.queue import Asking, Progress
-from fedbiscuit.station.safety import HEADERS, MAX_FORM, MAX_IMPORT, hosts_of
+from fedbiscuit.station.safety import HEADERS, MAX_FORM, MAX_IMPORT, MAX_PROMPTS, hosts_of
 from fedbiscuit.station.serving import serve
 from fedbiscuit.station.shown import curve, share, shown, state_of, time_left
 from fedbiscuit.station.station import Station
@@ -218,19 +218,28 @@ def test_page_04_a_judgement_without_origin_or_without_the_cookie_is_refused(vis
 
 def test_page_05_a_body_of_unknown_or_huge_length_is_refused_before_it_is_read(visit):
     visitor = visit().enter()
-
-    def never() -> Any:
-        raise AssertionError("the body was read")
-        yield b""
-
     headers = {"origin": HERE, **FORM}
     for lengths in ([], [("content-length", str(MAX_FORM + 1))], [("content-length", "9" * 30)], [("content-length", "-1")],
                     [("content-length", "1e3")], [("content-length", "٣")], [("content-length", "10"), ("content-length", "20")],
                     [("content-length", "10"), ("transfer-encoding", "chunked")]):  # fmt: skip
         scope = scope_of(visitor, "/judge", [*headers.items(), *lengths])
         assert status_of(visitor, scope) == 413, lengths
-    assert MAX_IMPORT > MAX_FORM
+    for path, limit in (("/ask", MAX_PROMPTS), ("/ask/file", MAX_IMPORT), ("/import", MAX_IMPORT)):
+        longer = [*headers.items(), ("content-length", str(limit + 1))]
+        assert status_of(visitor, scope_of(visitor, path, longer)) == 413, path
     assert visitor.answers() == []
+
+
+@pytest.mark.parametrize("letter", ["日", "é", "\n"])
+def test_page_05_as_much_as_the_field_for_prompts_takes_also_arrives(visit, letter):
+    visitor = visit().enter()
+    field = re.search(r'<textarea[^>]*name="prompts"[^>]*maxlength="(\d+)"', visitor.get("/ask").text)
+    assert field is not None
+    text = "x" + letter * (int(field[1]) - 2) + "y"
+    sent = text.replace("\n", "\r\n")  # as browsers send the end of a line
+    answer = visitor.post("/ask", {"prompts": sent, "whole": "1"})
+    assert (answer.status_code, answer.headers.get("location")) == (303, "/ask?added=1")
+    assert [one.text for one in visitor.station.store.prompts()] == [text]
 
 
 def scope_of(
