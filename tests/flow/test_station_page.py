@@ -575,6 +575,31 @@ def test_one_pair_or_everything_is_forgotten_on_request_only(visit):
     assert visitor.station.store.pairs() == []
 
 
+def test_a_pair_is_removed_at_the_second_press_only_also_without_javascript(visit):
+    visitor = visit().enter()
+    visitor.judge()
+    page = visitor.get("/data").text
+    [first_press] = re.findall(r"<details(?:(?!<details).)*/forget/pair.*?</details>", page, re.DOTALL)
+    summary, second_press = first_press.split("</summary>")
+    assert "<button" not in summary
+    assert "Remove for good" in second_press
+    assert page.count('action="/forget/pair"') == 1, "outside of it no press removes a pair"
+
+
+def test_what_a_screen_reader_is_told_has_the_heading_of_the_place_without_a_pair(visit):
+    visitor = visit(("p", "x", "y")).enter()
+    assert "Pair 1 of 1. p" in told(visitor.get().text)
+    visitor.judge()
+    assert told(visitor.get("/?said=first").text) == "You chose A. All answered. Thank you"
+    assert told(visitor.get("/blind").text) == "Nothing to compare yet"
+
+
+def told(page: str) -> str:
+    found = re.search(r'data-say="([^"]*)"', page)
+    assert found is not None
+    return found[1].strip()
+
+
 # Where it listens
 
 

@@ -368,6 +368,20 @@ def test_everything_can_be_done_with_tab_space_and_arrows_and_focus_is_always_se
     assert "Pair 2 of 4" in page.inner_text("#live")
 
 
+def test_after_the_last_pair_the_end_is_heard_and_the_focus_is_at_the_content(visit, serve):
+    page = visit(serve(pairs(1)))
+    page.focus("#choose-b")
+    press(page, "Space")
+    page.wait_for_function("() => document.activeElement.id === 'stage'")
+    assert page.inner_text("#live") == "You chose B. All answered. Thank you"
+    page.goto(page.url.split("?")[0] + "data")
+    page.click("summary:has-text('Remove')")
+    assert page.locator("tbody tr").count() == 1, "one press removes nothing"
+    page.click("text=Remove for good")
+    page.wait_for_selector("text=The pair and all that was said about it are removed.")
+    assert page.locator("tbody tr").count() == 0
+
+
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_nothing_jumps_and_only_the_answers_scroll(visit, serve, size):
     page = visit(serve([("one line", "short", LONG), ("p\n" * 60, "x", "y"), *pairs(3)]), viewport=size)

@@ -23,8 +23,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 MAX_FORM = 256 * 1024
 """Bytes of a form: a click with its reason."""
 MAX_PROMPTS = 1024 * 1024
-"""Bytes of the form that asks, and all that Starlette takes of one field. Its 100,000 characters are up to nine bytes each on the way:
-three of UTF-8, each written as ``%E6``.
+"""Bytes of the form that asks, and all that Starlette takes of one field. Its 100,000 characters are up to nine bytes each on the
+way: three of UTF-8, each written as ``%E6``.
 """
 MAX_IMPORT = 32 * 1024 * 1024
 """Bytes of an imported file."""
