@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from tests.station_world import made_run, made_site
 
 from fedbiscuit.station.app import create_app
 from fedbiscuit.station.looking import RoundAccuracy
 from fedbiscuit.station.nouns import Pair
 from fedbiscuit.station.queue import Asking, Progress
-from fedbiscuit.station.safety import HEADERS, MAX_FORM, MAX_IMPORT, hosts_of
+from fedbiscuit.station.safety import HEADERS, MAX_FORM, MAX_IMPORT, MAX_PROMPTS, hosts_of
 from fedbiscuit.station.serving import serve
 from fedbiscuit.station.shown import curve, share, shown, state_of, time_left
 from fedbiscuit.station.station import Station
@@ -66,7 +67,7 @@ def visit(tmp_path: Path) -> Callable[..., Visitor]:
         store.add_pairs(
             [Pair.of(*pair) for pair in pairs or [(f"prompt {i}", f"one {i}", f"two {i}") for i in range(6)]]
         )
-        return Visitor(Station(store, "me", Asking(repeat_every=0), **station))
+        return Visitor(Station(store, "me", **{"asking": Asking(repeat_every=0), **station}))
 
     return make
 
@@ -218,19 +219,28 @@ def test_page_04_a_judgement_without_origin_or_without_the_cookie_is_refused(vis
 
 def test_page_05_a_body_of_unknown_or_huge_length_is_refused_before_it_is_read(visit):
     visitor = visit().enter()
-
-    def never() -> Any:
-        raise AssertionError("the body was read")
-        yield b""
-
     headers = {"origin": HERE, **FORM}
     for lengths in ([], [("content-length", str(MAX_FORM + 1))], [("content-length", "9" * 30)], [("content-length", "-1")],
                     [("content-length", "1e3")], [("content-length", "٣")], [("content-length", "10"), ("content-length", "20")],
                     [("content-length", "10"), ("transfer-encoding", "chunked")]):  # fmt: skip
         scope = scope_of(visitor, "/judge", [*headers.items(), *lengths])
         assert status_of(visitor, scope) == 413, lengths
-    assert MAX_IMPORT > MAX_FORM
+    for path, limit in (("/ask", MAX_PROMPTS), ("/ask/file", MAX_IMPORT), ("/import", MAX_IMPORT)):
+        longer = [*headers.items(), ("content-length", str(limit + 1))]
+        assert status_of(visitor, scope_of(visitor, path, longer)) == 413, path
     assert visitor.answers() == []
+
+
+@pytest.mark.parametrize("letter", ["日", "é", "\n"])
+def test_page_05_as_much_as_the_field_for_prompts_takes_also_arrives(visit, letter):
+    visitor = visit().enter()
+    field = re.search(r'<textarea[^>]*name="prompts"[^>]*maxlength="(\d+)"', visitor.get("/ask").text)
+    assert field is not None
+    text = "x" + letter * (int(field[1]) - 2) + "y"
+    sent = text.replace("\n", "\r\n")  # as browsers send the end of a line
+    answer = visitor.post("/ask", {"prompts": sent, "whole": "1"})
+    assert (answer.status_code, answer.headers.get("location")) == (303, "/ask?added=1")
+    assert [one.text for one in visitor.station.store.prompts()] == [text]
 
 
 def scope_of(
@@ -564,6 +574,83 @@ def test_one_pair_or_everything_is_forgotten_on_request_only(visit):
     assert (visitor.answers(), len(visitor.station.store.pairs())) == ([], 5)
     assert visitor.post("/forget", {"what": "all", "word": "forget"}).headers["location"] == "/data?said=forgot-all"
     assert visitor.station.store.pairs() == []
+
+
+def test_a_pair_is_removed_at_the_second_press_only_also_without_javascript(visit):
+    visitor = visit().enter()
+    visitor.judge()
+    page = visitor.get("/data").text
+    [first_press] = re.findall(r"<details(?:(?!<details).)*/forget/pair.*?</details>", page, re.DOTALL)
+    summary, second_press = first_press.split("</summary>")
+    assert "<button" not in summary
+    assert "Remove for good" in second_press
+    assert page.count('action="/forget/pair"') == 1, "outside of it no press removes a pair"
+
+
+def test_what_a_screen_reader_is_told_has_the_heading_of_the_place_without_a_pair(visit):
+    visitor = visit(("p", "x", "y")).enter()
+    assert "Pair 1 of 1. p" in told(visitor.get().text)
+    visitor.judge()
+    assert told(visitor.get("/?said=first").text) == "You chose A. All answered. Thank you"
+    assert told(visitor.get("/blind").text) == "Nothing to compare yet"
+
+
+# What it says of oneself, and of what left
+
+
+def test_my_page_says_how_steady_i_am_and_whether_i_like_a_place(visit):
+    visitor = visit(*[(f"p{i}", f"x{i}", f"y{i}") for i in range(8)], asking=Asking(repeat_every=4)).enter()
+    before = words(visitor.get("/me").text)
+    assert "came again – no pair with a choice has come again yet" in before
+    assert "Chose the first answer (A) – no choice yet" in before
+    seen: list[str] = []
+    while shown_now := visitor.station.present():
+        # The first place always, but of the first pair that comes again, in the other order, the same answer.
+        steady = shown_now.pair.id in seen and len(seen) == len(set(seen))
+        visitor.judge("second" if steady else "first")
+        seen.append(shown_now.pair.id)
+    assert (len(seen), len(set(seen))) == (10, 8)
+    page = words(visitor.get("/me").text)
+    assert "Judged 8 0 ties, 0 skipped" in page
+    assert "The same answer when a pair came again 50% 1 of 2 repeats; 95% interval 9% to 91%" in page
+    assert "Chose the first answer (A) 90% of 10 choices; 95% interval 60% to 98%" in page
+    assert "it was the same place 1 time: 1 time A, 0 times B." in page
+
+
+def test_my_page_shows_what_my_selector_learned_as_facts_a_curve_and_a_table(visit, tmp_path):
+    page = visit(run=made_run(tmp_path / "mine")).enter().get("/me").text
+    said = words(page)
+    assert "Agrees with my held-out choices 75% on 8 judgements that nobody trained on" in said
+    assert "My group 2 of 3, counted from 0" in said
+    assert "Chooses as the global selector does 62%" in said
+    assert '<polyline class="line" points="52.0,100.0 622.0,83.2"/>' in page
+    assert "Round Accuracy 2 50% 4 60%" in said
+    assert "Run mine , client me ." in said
+    assert "Nothing yet" not in said
+
+
+def test_a_run_that_is_no_folder_is_named_on_my_page(visit, tmp_path):
+    said = words(visit(run=tmp_path / "nowhere").enter().get("/me").text)
+    assert "nowhere: no config.yaml in this folder" in said
+
+
+def test_what_left_is_listed_by_round_newest_first(visit, tmp_path):
+    said = words(visit(site=made_site(tmp_path / "site")).enter().get("/left").text)
+    assert "2 changes of an adapter and 2 numbers of a group left this machine, 1.0 kB in all." in said
+    assert "Left this machine 1.0 kB Came to this machine 30 bytes" in said
+    rows = "autumn 1 1 × evaluate, 2 × seat 0 2 20 bytes 10 bytes autumn 0 2 × train 2 0 1.0 kB 10 bytes – – 0 0 5 bytes 10 bytes"
+    assert f"Run Round Asked Adapter changes Seats Out In {rows} A change of an adapter is" in said
+
+
+def words(page: str) -> str:
+    """What is to be read on a page, tags and line ends left out."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+def told(page: str) -> str:
+    found = re.search(r'data-say="([^"]*)"', page)
+    assert found is not None
+    return found[1].strip()
 
 
 # Where it listens

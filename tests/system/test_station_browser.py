@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import pytest
 import uvicorn
 from playwright import sync_api
+from tests.station_world import made_run, made_site
 
 from fedbiscuit.station.app import create_app
 from fedbiscuit.station.nouns import Pair
@@ -368,6 +369,20 @@ def test_everything_can_be_done_with_tab_space_and_arrows_and_focus_is_always_se
     assert "Pair 2 of 4" in page.inner_text("#live")
 
 
+def test_after_the_last_pair_the_end_is_heard_and_the_focus_is_at_the_content(visit, serve):
+    page = visit(serve(pairs(1)))
+    page.focus("#choose-b")
+    press(page, "Space")
+    page.wait_for_function("() => document.activeElement.id === 'stage'")
+    assert page.inner_text("#live") == "You chose B. All answered. Thank you"
+    page.goto(page.url.split("?")[0] + "data")
+    page.click("summary:has-text('Remove')")
+    assert page.locator("tbody tr").count() == 1, "one press removes nothing"
+    page.click("text=Remove for good")
+    page.wait_for_selector("text=The pair and all that was said about it are removed.")
+    assert page.locator("tbody tr").count() == 0
+
+
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_nothing_jumps_and_only_the_answers_scroll(visit, serve, size):
     page = visit(serve([("one line", "short", LONG), ("p\n" * 60, "x", "y"), *pairs(3)]), viewport=size)
@@ -439,6 +454,12 @@ def test_fault_28_what_models_write_is_inert_and_every_script_reads_in_its_own_d
 
 
 PAGES = ["/", "/blind", "/ask", "/me", "/left", "/data", "/help", "/nowhere"]
+FULL = {
+    "/ask": ["#queue li"],
+    "/me": ["svg.curve", "tbody tr", ".fact"],
+    "/left": ["tbody tr"],
+    "/data": ["tbody tr .sure"],
+}
 
 
 @pytest.fixture
@@ -449,6 +470,8 @@ def rich(serve, tmp_path) -> str:
         ("What is moss?", "What is rust?"),
         asking=Asking(repeat_every=2),
         authors=broken,
+        run=made_run(tmp_path / "mine"),
+        site=made_site(tmp_path / "site"),
     )
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store.open(tmp_path / "station"))
@@ -486,6 +509,10 @@ def test_axe_finds_nothing_serious_on_any_page(visit, rich, scheme, size):
     page = visit(rich, color_scheme=scheme, viewport=size)
     for path in PAGES:
         page.goto(rich.split("/?")[0] + path)
+        assert [name for name in FULL.get(path, ()) if not page.locator(name).count()] == [], (
+            f"{path} has nothing to show"
+        )
+        page.evaluate("document.querySelectorAll('main.page details').forEach(one => { one.open = true; })")
         assert serious(page) == [], path
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{path} is wider than the window"
         assert page.locator("h1").count() == 1

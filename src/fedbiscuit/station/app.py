@@ -22,7 +22,7 @@ from fedbiscuit.data.visible import visible
 from fedbiscuit.rundir.disk import human_bytes
 from fedbiscuit.rundir.values import dump_json
 from fedbiscuit.station import exchange, looking, shown, writing
-from fedbiscuit.station.safety import Guard
+from fedbiscuit.station.safety import MAX_IMPORT, MAX_PROMPTS, Guard
 from fedbiscuit.station.station import Station
 from fedbiscuit.types import ConfigError, DataError, FedbiscuitError
 
@@ -36,7 +36,7 @@ STATIC = {
     "icon.svg": "image/svg+xml",
 }
 EXPORTS: dict[str, exchange.Form] = {f"{form}.jsonl": form for form in get_args(exchange.Form)}
-IMPORTS = ("/import", "/ask/file")
+LIMITS = {"/import": MAX_IMPORT, "/ask/file": MAX_IMPORT, "/ask": MAX_PROMPTS}
 PER_PAGE = 50
 
 Picked = Literal["first", "second", "tie", "skip"]
@@ -85,7 +85,7 @@ def create_app(
             f"A mistake of the station ({type(error).__name__}). What you answered is kept; its terminal says more.",
         )
 
-    return Guard(app, token, hosts, cookie, IMPORTS, once)
+    return Guard(app, token, hosts, cookie, LIMITS, once)
 
 
 Renderer = Callable[..., HTMLResponse]
@@ -241,7 +241,9 @@ def _add_asking(app: FastAPI, station: Station, render: Renderer) -> None:
 
     @app.post("/ask")
     def add(
-        prompts: Annotated[str, Form(max_length=200_000)] = "",
+        prompts: Annotated[
+            str, Form(max_length=200_000)
+        ] = "",  # 100,000 in the field, where the end of a line is one character
         whole: Flag = False,
         blind: Flag = False,
     ) -> Response:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs
 
-__all__ = ["HEADERS", "MAX_FORM", "MAX_IMPORT", "Guard", "hosts_of"]
+__all__ = ["HEADERS", "MAX_FORM", "MAX_IMPORT", "MAX_PROMPTS", "Guard", "hosts_of"]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -21,7 +21,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_FORM = 256 * 1024
-"""Bytes of a form: a click, a reason, some prompts."""
+"""Bytes of a form: a click with its reason."""
+MAX_PROMPTS = 1024 * 1024
+"""Bytes of the form that asks, and all that Starlette takes of one field. Its 100,000 characters are up to nine bytes each on the
+way: three of UTF-8, each written as ``%E6``.
+"""
 MAX_IMPORT = 32 * 1024 * 1024
 """Bytes of an imported file."""
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
@@ -53,19 +57,27 @@ def hosts_of(address: str, port: int) -> tuple[str, ...]:
 class Guard:
     """Refuses what does not come from the station's own page. hosts: see ``hosts_of``. cookie: its name.
 
-    token: stands in the address that the person opens, and is exchanged at once for a cookie of another value, which only
-    requests of the station's own pages carry. once: another token, which does this a single time; imports: paths of uploads.
+    token: stands in the address that the person opens, and is exchanged at once for a cookie of another value. Requests of other
+    sites' pages do not carry it; a server at another port of this machine receives it when the person goes there, since browsers
+    do not keep the cookies of two ports apart. once: another token, which does this a single time. limits: paths whose
+    forms may be longer than ``MAX_FORM``, with their bytes.
     """
 
     def __init__(
-        self, app: App, token: str, hosts: Sequence[str], cookie: str, imports: Sequence[str] = (), once: str = ""
+        self,
+        app: App,
+        token: str,
+        hosts: Sequence[str],
+        cookie: str,
+        limits: Mapping[str, int] | None = None,
+        once: str = "",
     ) -> None:
         self.app = app
         self.tokens = [token, once] if once else [token]
         self.once = once
         self.hosts = frozenset(hosts)
         self.cookie = cookie
-        self.imports = frozenset(imports)
+        self.limits = dict(limits or {})
         self.session = secrets.token_urlsafe(32)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,7 +128,7 @@ class Guard:
         if headers.get("origin") != [f"http://{headers['host'][0].lower()}"] or site == ["none"]:
             return 403, "Another page has sent this request."
         lengths = headers.get("content-length", [])
-        limit = MAX_IMPORT if path in self.imports else MAX_FORM
+        limit = self.limits.get(path, MAX_FORM)
         known = (
             len(lengths) == 1 and lengths[0].isascii() and lengths[0].isdigit() and "transfer-encoding" not in headers
         )

@@ -50,12 +50,14 @@ def serve(
         )
     token, once = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     hosts = hosts_of(str(ip), taken)
-    # Ports share cookies: a name of its own for each station, so that two do not log each other out.
+    # Ports share cookies: a name of its own for each station, so that two do not log each other out. It hides nothing: a server
+    # at another port of this address is sent this cookie too when the person goes there.
     app = create_app(station, token, hosts, cookie=f"fedbiscuit_station_{taken}", once=once)
     say(f"The station is at http://{hosts[0]}/?token={token}")
     say("Open this address in a browser of this machine. Ctrl-C ends the station; everything is kept.")
     if open_browser:
-        # The command line of a browser can be seen by others on the machine, so this token opens one door and is void.
+        # The command line of a browser can be seen by others on the machine, so this token opens one door and is void. Who is
+        # quicker than the browser gets in in its place; the person then sees a refusal, and docs/station.md says what to do.
         threading.Thread(target=webbrowser.open, args=(f"http://{hosts[0]}/?token={once}",), daemon=True).start()
     config = uvicorn.Config(
         app,

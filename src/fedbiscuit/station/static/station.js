@@ -84,8 +84,13 @@
 
   document.body.addEventListener("htmx:beforeRequest", (event) => { if (event.detail.requestConfig.verb === "post") busy = true; });
   document.body.addEventListener("htmx:afterRequest", () => { busy = false; });
+  // What had the focus may be gone with the pair: then the focus is at the content, not back at the top of the page.
+  let inside = false;
+  document.body.addEventListener("htmx:beforeSwap", () => { inside = stage()?.contains(document.activeElement) ?? false; });
   document.body.addEventListener("htmx:afterSettle", () => {
     trouble.hidden = true;
+    if (inside && document.activeElement === document.body) stage()?.focus({ preventScroll: true });
+    inside = false;
     startTiming();
     const text = stage()?.dataset.say ?? "";
     if (text && live.textContent !== text) live.textContent = text;
