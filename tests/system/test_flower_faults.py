@@ -259,7 +259,11 @@ def test_fault_83_and_80_the_whole_server_dies_and_sites_straggle_lie_come_late_
     town.sites[2] = town.start_site(2)
     run.end(signal.SIGKILL)
     town.server.end(signal.SIGKILL)
-    until(lambda: not town.pids("flower-superlink") + town.pids("flower-superexec"), lambda: True, lambda: "Flower's processes outlive the server")
+    until(
+        lambda: not town.pids("flower-superlink") + town.pids("flower-superexec"),
+        lambda: True,
+        lambda: "Flower's processes outlive the server",
+    )
     (first,) = town.rounds("power")
     assert first["away"] == {"site-2": "it is not connected"}
     assert first["refused"] == {}

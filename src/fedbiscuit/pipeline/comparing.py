@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,11 +19,13 @@ from fedbiscuit.pipeline.answers import held_out_answers, kept, mean_words, move
 from fedbiscuit.pipeline.judges import check_judges, judges_of, verdicts
 from fedbiscuit.pipeline.scoring import held_out, scores_of
 from fedbiscuit.pipeline.session import Session
-from fedbiscuit.types import ClientId, Comparison, ConfigError, DataError, Grouping, Task, Weights
+from fedbiscuit.types import ClientId, ConfigError, DataError, Grouping, Task, Weights
 
 __all__ = ["evaluate_run"]
 
 log = logging.getLogger("fedbiscuit")
+
+T = TypeVar("T")
 
 
 def evaluate_run(session: Session, checkpoints: bool = False) -> None:
@@ -156,9 +158,9 @@ def _grouping(session: Session, folder: str) -> dict[ClientId, int]:
     return dict(found["adapter_of"])
 
 
-def _seated(held: Mapping[ClientId, Sequence[Comparison]], grouping: Grouping) -> dict[ClientId, Sequence[Comparison]]:
+def _seated(held: Mapping[ClientId, T], grouping: Grouping) -> dict[ClientId, T]:
     """Those with a group: real clients whose comparisons are known here may never have been connected."""
-    return {client: comparisons for client, comparisons in held.items() if client in grouping}
+    return {client: one for client, one in held.items() if client in grouping}
 
 
 def _temperature(session: Session, adapters: Sequence[Weights], grouping: Grouping) -> float | None:

@@ -29,7 +29,7 @@ from fedbiscuit.rundir.disk import (
 )
 from fedbiscuit.rundir.folders import TEMPORARY, remove_folder, rename_folder, tidy
 from fedbiscuit.rundir.lock import FolderLock, is_held
-from fedbiscuit.rundir.states import read_state, states_in, write_state
+from fedbiscuit.rundir.states import prune_states, read_state, states_in, write_state
 from fedbiscuit.rundir.tensors import Expected
 from fedbiscuit.rundir.values import dump_json, first_difference, leaves_of, load_json, plain
 from fedbiscuit.strict_yaml import parse_yaml, read_yaml
@@ -259,6 +259,8 @@ class RunDir:
                 self._say(f"STEPPING BACK from {stage} {int(bad.name)} to {step}: {reason}", logging.WARNING)
                 if self._lock is not None:
                     rename_folder(bad, bad.with_name(BAD + bad.name))
+            if self._lock is not None:
+                prune_states(parent)
             return step, tensors, values
         if failures:
             raise IntegrityError(

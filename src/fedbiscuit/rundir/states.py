@@ -14,7 +14,7 @@ from fedbiscuit.rundir.tensors import read_weights, write_tensor_file
 from fedbiscuit.rundir.values import dump_json, load_json, plain
 from fedbiscuit.types import IntegrityError, Weights, num_bytes
 
-__all__ = ["KEPT_STATES", "read_state", "states_in", "write_state"]
+__all__ = ["KEPT_STATES", "prune_states", "read_state", "states_in", "write_state"]
 
 KEPT_STATES = 3
 VALUES, MANIFEST = "values.json", "manifest.json"
@@ -45,9 +45,14 @@ def write_state(parent: Path, step: int, tensors: Mapping[str, Weights], values:
         write_synced(folder / MANIFEST, [_manifest(parent.name, step, digests)])
         crash_point("state_manifest")
     crash_point("state_saved")
+    prune_states(parent)
+    crash_point("state_pruned")
+
+
+def prune_states(parent: Path) -> None:
+    """Remove all but the newest ones; a kill may have come between saving one and this."""
     for _, old in states_in(parent)[KEPT_STATES:]:
         remove_folder(old)
-    crash_point("state_pruned")
 
 
 def read_state(folder: Path) -> tuple[dict[str, Weights], dict[str, Any]]:
