@@ -837,16 +837,20 @@ def station_forget(
     if (bool(pair), bool(person), everything).count(True) != 1:
         raise ConfigError("station forget: say what: --pair ID, --person NAME or --everything")
     with _store(folder) as store:
-        if pair:
-            store.forget_pair(store.whole_id(pair))
-        elif person:
-            if person not in store.people():
-                raise ConfigError(f"--person: nobody called {person!r:.80} here; there are {', '.join(store.people())}")
-            store.forget_person(person)
-        else:
-            store.forget_all()
-        sweep(store)
-        refresh(store)
+        try:
+            if pair:
+                store.forget_pair(store.whole_id(pair))
+            elif person:
+                if person not in store.people():
+                    raise ConfigError(
+                        f"--person: nobody called {person!r:.80} here; there are {', '.join(store.people())}"
+                    )
+                store.forget_person(person)
+            else:
+                store.forget_all()
+        finally:
+            sweep(store)
+            refresh(store)
     print("deleted")
 
 

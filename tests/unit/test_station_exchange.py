@@ -279,3 +279,40 @@ def present_new(store: Store, prompt: str) -> str:
 
 def _said(event: Any) -> tuple[Any, ...]:
     return (event.kind, event.token, event.person, event.pair, event.choice, event.swapped, event.time, event.undone)
+
+
+def test_a_history_is_turned_where_the_answers_of_a_pair_stand_the_other_way_round(store, tmp_path):
+    there = Pair.of("Basil?", "Water.", "Sing.")
+    store.add_pairs([there])
+    store.judge(store.show("ann", there.id, 0, False).token, 0)  # Water, shown first
+    export(store, tmp_path / "history.jsonl", "history")
+    with Store.open(tmp_path / "other", seed=2) as other:
+        other.add_pairs([Pair.of("Basil?", "Sing.", "Water.")])
+        import_file(other, tmp_path / "history.jsonl")
+        (event,) = other.history()
+        assert (event.choice, event.swapped, event.first_preferred) == (1, True, True)
+        (row,) = records(other, "trl", "ann")
+        assert (row["chosen"], row["rejected"]) == ("Water.", "Sing.")
+
+
+def test_a_pair_of_the_blind_test_does_not_become_a_training_pair_by_a_history(store, tmp_path):
+    store.add_pairs([Pair.of("Basil?", "Water.", "Sing.", "raw", "policy", blind=True)])
+    store.judge(store.show("ann", store.pairs()[0].id, 0, False).token, 0)
+    export(store, tmp_path / "history.jsonl", "history")
+    with Store.open(tmp_path / "other", seed=2) as other:
+        other.add_pairs([Pair.of("Basil?", "Water.", "Sing.")])
+        with pytest.raises(DataError, match="of the blind test in one place and not in the other"):
+            import_file(other, tmp_path / "history.jsonl")
+        assert other.history() == []
+
+
+def test_a_flag_that_was_taken_back_is_not_exported(store):
+    pair = Pair.of("Basil?", "Water.", "Sing.")
+    store.add_pairs([pair])
+    shown = store.show("ann", pair.id, 0, False)
+    store.flag(shown.token, "rude")
+    store.judge(shown.token, 0)
+    again = store.undo("ann")
+    store.judge(again.token, 0)
+    (row,) = records(store, "comparisons", "ann")
+    assert "flagged" not in json.dumps(row)

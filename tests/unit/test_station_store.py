@@ -301,8 +301,34 @@ def test_deleting_says_so_where_another_process_still_reads_what_was_there(confe
     reader.execute("BEGIN")
     reader.execute("SELECT count(*) FROM pairs").fetchone()
     station.store._connection.execute("PRAGMA busy_timeout = 50")
-    with pytest.raises(EnvironmentFault, match="another"):
+    with pytest.raises(
+        EnvironmentFault, match=r"deleted, but another process reads.*the last one to end empties the log"
+    ):
         station.forget_pair(secret.id)
+    derived = station.store.folder / COMPARISONS
+    assert not derived.exists() or SECRETS["prompt"].encode() not in derived.read_bytes()
     reader.close()
     station.forget_all()
     assert SECRETS["prompt"].encode() not in bytes_of(station.store.folder)
+
+
+def test_what_is_written_for_a_prompt_that_was_deleted_is_not_taken_for_the_next_one(store):
+    store.add_prompts(["my secret"])
+    (secret,) = store.prompts("waiting")
+    store.forget_all()
+    store.add_prompts(["harmless"])
+    assert store.prompts()[0].id == secret.id  # numbers begin anew
+    assert store.answered(secret, Pair.of("my secret", "x", "y")) is False
+    store.failed(secret, "too long")
+    assert [(one.text, one.state) for one in store.prompts()] == [("harmless", "waiting")]
+    assert store.pairs() == []
+
+
+def test_a_full_disk_is_named_and_nothing_is_half_kept(store):
+    before = len(store.pairs())
+    store._connection.execute(f"PRAGMA max_page_count = {store._one('PRAGMA page_count')[0] + 1}")
+    with pytest.raises(EnvironmentFault, match="full"):
+        store.add_pairs([Pair.of("a prompt", "x" * 50_000, "y" * 50_000)])
+    store._connection.execute("PRAGMA max_page_count = 1000000")
+    assert len(store.pairs()) == before
+    store.judge(store.show("ann", BASIL.id, 0, False).token, 0)

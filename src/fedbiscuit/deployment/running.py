@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedbiscuit.config import Config, dump_config
+from fedbiscuit.config import Config, dump_config, load_config
 from fedbiscuit.deployment.programs import program
 from fedbiscuit.deployment.registration import sites_of
 from fedbiscuit.deployment.server import Deploy, ask, connection_of, is_healthy, load
@@ -94,7 +94,12 @@ def _under_way(server: Deploy, job: _Job, cfg: Config, resume: bool) -> str:
     if not job.number.exists() or job.ended.exists():
         return ""
     number = job.number.read_text(encoding="utf-8").strip()
-    if not is_held(run_path(cfg.runs_dir, cfg.name) / LOCK):  # its process is gone, whatever SuperLink believes
+    begun_in = Path(
+        json.loads(job.asked.read_text(encoding="utf-8"))["folder"]
+    )  # perhaps not the folder of this command
+    if not is_held(
+        begun_in / run_path(load_config(job.config).runs_dir, cfg.name) / LOCK
+    ):  # its process is gone, whatever SuperLink believes
         with suppress(FederationError):
             _flwr(server, "stop", number)
         return ""
@@ -123,6 +128,7 @@ def _submit(server: Deploy, job: _Job, cfg: Config, resume: bool, timeout: float
     }
     job.asked.write_text(json.dumps(asked), encoding="utf-8")
     job.ended.unlink(missing_ok=True)
+    job.number.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         app = Path(folder)
         (app / "fedbiscuit_run").mkdir()
@@ -222,7 +228,10 @@ def _missing(row: Mapping[str, Any]) -> Iterator[str]:
 def _log_of(deploy: Deploy, number: str) -> str:
     env, name = connection_of(deploy)
     words = [program("flwr"), "log", number, name, "--show"]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return f"(not to be had within 60 s; `{' '.join(words)}` shows them)"
     return "\n".join(done.stdout.strip().splitlines()[-12:])
 
 

@@ -11,10 +11,13 @@ __all__ = ["Background"]
 
 
 class Background:
-    """A thread that calls ``work`` after each nudge, and again while it returns True. What it raises is ``error``, a sentence."""
+    """A thread that calls ``work`` after each nudge, and again while it returns True. What it raises is ``error``, a sentence.
 
-    def __init__(self, name: str, work: Callable[[], bool]) -> None:
-        self._work = work
+    ``pause``: seconds that it waits for more nudges before, so that many together are one.
+    """
+
+    def __init__(self, name: str, work: Callable[[], bool], pause: float = 0.0) -> None:
+        self._work, self._pause = work, pause
         self._news = threading.Condition()
         self._asked, self._done = 0, 0
         self.stopping = threading.Event()
@@ -45,6 +48,8 @@ class Background:
         while not self.stopping.is_set():
             with self._news:
                 self._news.wait_for(lambda: self._asked > self._done or self.stopping.is_set())
+            self.stopping.wait(self._pause)
+            with self._news:
                 asked = self._asked
             try:
                 while not self.stopping.is_set() and self._work():

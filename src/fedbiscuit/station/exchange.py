@@ -161,9 +161,11 @@ def _judged(store: Store, person: str) -> list[Judged]:
     again: dict[str, Event] = {}
     flagged: set[str] = set()
     for event in store.history(person):
+        if event.undone:
+            continue
         if event.kind == "flagged":
             flagged.add(event.pair)
-        elif event.kind == "judged" and not event.undone:
+        elif event.kind == "judged":
             (again if event.showing else first)[event.pair] = event
     return [
         Judged(pair, first[pair.id], again.get(pair.id), pair.id in flagged)

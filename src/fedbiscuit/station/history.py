@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedbiscuit.data.jsonlines import shown
 from fedbiscuit.station.nouns import MAX_REASON, Event, Pair
@@ -54,7 +54,23 @@ def read_history(store: Store, path: Path, lines: Sequence[tuple[int, Mapping[st
             events.append(Event(number=0, kind=record["event"], **told))
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
-    return store.add_pairs(list(pairs.values())), store.restore(events)
+    with store.all_or_nothing():
+        added = store.add_pairs(list(pairs.values()))
+        here = {pair.id: pair for pair in store.pairs()}
+        for id, pair in pairs.items():
+            if here[id].blind != pair.blind:
+                raise DataError(
+                    f"{path}: pair {id[:16]}: of the blind test in one place and not in the other; leave its lines out"
+                )
+        return added, store.restore([_as_here(event, pairs[event.pair], here[event.pair]) for event in events])
+
+
+def _as_here(event: Event, there: Pair, here: Pair) -> Event:
+    """A line of a history as a store has to say it in which the two answers of the pair may stand the other way round."""
+    if there.output_a == here.output_a:
+        return event
+    choice: Literal[0, 1] | None = None if event.choice is None else (1 if event.choice == 0 else 0)
+    return replace(event, choice=choice, swapped=not event.swapped)
 
 
 def _check(record: Mapping[str, Any], checks: Mapping[str, Callable[[Any], bool]]) -> None:

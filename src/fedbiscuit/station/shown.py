@@ -109,7 +109,7 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.0f}%"
 
 
-def share(part: int, whole: int, z: float = 1.959964) -> tuple[float, float, float] | None:
+def share(part: float, whole: int, z: float = 1.959964) -> tuple[float, float, float] | None:
     """A share with its 95% interval (Wilson's, which also means something for 3 of 3); None of nothing."""
     if not whole:
         return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,6 +19,8 @@ from fedbiscuit.station.writing import Authors, Writer, Writing
 __all__ = ["Station"]
 
 T = TypeVar("T")
+MIRROR_PAUSE = 1.0
+"""Seconds: the whole file is written anew, some megabytes after thousands of judgements."""
 
 
 class Station:
@@ -45,7 +48,7 @@ class Station:
         self._closed = False
         exchange.sweep(store)
         exchange.refresh(store)  # a crash may have come between the two
-        self._mirror = Background("comparisons.jsonl", self._refresh)
+        self._mirror = Background("comparisons.jsonl", self._refresh, MIRROR_PAUSE)
         self.writer = Writer(store, person, authors) if authors is not None else None
         self._scorer = Scorer(store, self.asking.selectors, readers) if readers is not None else None
 
@@ -114,23 +117,23 @@ class Station:
 
     def forget_pair(self, id: str) -> None:
         """As ``Store.forget_pair``."""
-        self.store.forget_pair(id)
-        self._forgotten()
+        with self._forgetting():
+            self.store.forget_pair(id)
 
     def forget_prompt(self, id: int) -> None:
         """As ``Store.forget_prompt``."""
-        self.store.forget_prompt(id)
-        self._forgotten()
+        with self._forgetting():
+            self.store.forget_prompt(id)
 
     def forget_person(self) -> None:
         """As ``Store.forget_person``, of the one who sits here."""
-        self.store.forget_person(self.person)
-        self._forgotten()
+        with self._forgetting():
+            self.store.forget_person(self.person)
 
     def forget_all(self) -> None:
         """As ``Store.forget_all``."""
-        self.store.forget_all()
-        self._forgotten()
+        with self._forgetting():
+            self.store.forget_all()
 
     def _changed(self, result: T) -> T:
         for thread in (self._mirror, self.writer, self._scorer):
@@ -138,10 +141,15 @@ class Station:
                 thread.nudge()
         return result
 
-    def _forgotten(self) -> None:
-        exchange.sweep(self.store)
-        exchange.refresh(self.store)
-        self._changed(None)
+    @contextlib.contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """What is derived follows, also where the store says that a copy may have stayed in its log."""
+        try:
+            yield
+        finally:
+            exchange.sweep(self.store)
+            exchange.refresh(self.store)
+            self._changed(None)
 
     def _refresh(self) -> bool:
         exchange.refresh(self.store)

@@ -102,7 +102,8 @@ class Store:
     def answered(self, prompt: Prompt, pair: Pair) -> bool:
         """Keep what was written for a prompt; False where somebody has removed the prompt since."""
         with self._transaction() as db:
-            if not db.execute("UPDATE prompts SET state = 'written', error = '' WHERE id = ?", (prompt.id,)).rowcount:
+            written = "UPDATE prompts SET state = 'written', error = '' WHERE id = ? AND text = ?"
+            if not db.execute(written, (prompt.id, prompt.text)).rowcount:
                 return False
             _insert_pair(db, pair)
         return True
@@ -110,7 +111,8 @@ class Store:
     def failed(self, prompt: Prompt, error: str) -> None:
         """Note that answers to a prompt could not be written, and why."""
         with self._transaction() as db:
-            db.execute("UPDATE prompts SET state = 'failed', error = ? WHERE id = ?", (error, prompt.id))
+            failed = "UPDATE prompts SET state = 'failed', error = ? WHERE id = ? AND text = ?"
+            db.execute(failed, (error, prompt.id, prompt.text))
 
     def retry(self) -> int:
         """Let prompts that failed wait again; how many."""
@@ -182,6 +184,11 @@ class Store:
         if not rows:
             raise DataError("this page is not known here (any more): the pair may have been deleted; reload the page")
         return self._presentation(rows[0])
+
+    def is_answered(self, token: str) -> bool:
+        """Whether what was shown under a token has its answer, also one that was taken back since."""
+        query = "SELECT EXISTS (SELECT 1 FROM history WHERE token = ? AND kind IN ('judged', 'skipped'))"
+        return bool(self._one(query, token)[0])
 
     def show(self, person: str, pair: str, showing: int, swapped: bool) -> Presentation:
         """Note that a pair is shown. The same (person, pair, showing) has one token until it is undone."""
@@ -300,7 +307,7 @@ class Store:
         if busy:
             raise EnvironmentFault(
                 f"{self.folder / DATABASE}: deleted, but another process reads the store, so copies may stay in its log; "
-                "close the other station, then delete again"
+                "end every station of this folder: the last one to end empties the log"
             )
 
     # Below
@@ -328,7 +335,8 @@ class Store:
             try:
                 yield self._connection
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # SQLite has taken it back itself where the disk is full
+                    self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
 

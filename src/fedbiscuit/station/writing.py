@@ -122,7 +122,7 @@ class Writer:
             if prompt is None or self._authors is None:
                 return False
             self._state, self._share = "writing", 0.0
-            pair = _pair_by(self._authors, prompt, self._progress)
+            self._store.answered(prompt, _pair_by(self._authors, prompt, self._progress))
         except _StoppedError:
             return False
         except DataError as error:
@@ -131,7 +131,6 @@ class Writer:
             return True
         finally:
             self._state = "idle"
-        self._store.answered(prompt, pair)
         return True
 
     def _progress(self, share: float) -> None:
@@ -229,6 +228,7 @@ def blind_result(store: Store, person: str) -> dict[str, Any] | None:
     None before the first judgement of it.
     """
     from fedbiscuit.evaluation.winrate import win_rate
+    from fedbiscuit.station.shown import share
 
     tested = [pair for pair in store.pairs() if pair.blind]
     if not tested:
@@ -244,4 +244,6 @@ def blind_result(store: Store, person: str) -> dict[str, Any] | None:
         return None
     alike = sum(pair.output_a == pair.output_b for pair in mine.values())
     points = [*said.values(), *[0.5] * alike]
-    return win_rate(authors[1], points, (store.seed, "blind test", person)) | {"alike": alike}
+    found = win_rate(authors[1], points, (store.seed, "blind test", person))
+    shared = share(sum(points), len(points))  # resampling would give 3 of 3 an interval without a width
+    return found | {"interval": list(shared[1:]) if shared else None, "alike": alike}
