@@ -286,9 +286,9 @@ class Store:
         self._wipe()
 
     def forget_all(self) -> None:
-        """Remove everything: prompts, pairs, history."""
+        """Remove everything: prompts, pairs, history. Numbers go on, so what is still being written for a prompt finds none."""
         with self._transaction() as db:
-            for table in ("prompts", "pairs", "presentations", "history", "sqlite_sequence"):
+            for table in ("prompts", "pairs", "presentations", "history"):
                 db.execute(f"DELETE FROM {table}")
         self._wipe()
 
