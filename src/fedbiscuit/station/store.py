@@ -254,8 +254,20 @@ class Store:
 
         What this person has answered here already stays, and the other store's lines about it are left out.
         """
+        other: set[str] = set()  # in a copy of this folder, a token of ours has another answer: its lines speak of that one
+        new = 0
         with self._transaction() as db:
-            return sum(_restore(db, event) for event in events)
+            for event in events:
+                if event.kind in ("judged", "skipped"):
+                    here = db.execute(
+                        "SELECT kind, choice, time FROM history WHERE token = ? AND kind IN ('judged', 'skipped')",
+                        (event.token,),
+                    ).fetchall()
+                    if here not in ([], [(event.kind, event.choice, event.time)]):
+                        other.add(event.token)
+                if event.token not in other:
+                    new += _restore(db, event)
+        return new
 
     def people(self) -> list[str]:
         """Who has been shown something, sorted."""
