@@ -832,11 +832,11 @@ def station_forget(
 
     Example: fedbiscuit station forget --everything
     """
-    from fedbiscuit.station.exchange import refresh, sweep
+    from fedbiscuit.station.exchange import forgetting
 
     if (bool(pair), bool(person), everything).count(True) != 1:
         raise ConfigError("station forget: say what: --pair ID, --person NAME or --everything")
-    with _store(folder) as store:
+    with _store(folder) as store, forgetting(store):
         if pair:
             store.forget_pair(store.whole_id(pair))
         elif person:
@@ -845,8 +845,6 @@ def station_forget(
             store.forget_person(person)
         else:
             store.forget_all()
-        sweep(store)
-        refresh(store)
     print("deleted")
 
 

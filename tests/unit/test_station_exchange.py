@@ -107,6 +107,18 @@ def test_ties_skips_undone_answers_and_the_blind_test_are_not_trained_on(store):
     assert [row["event"] for row in records(store, "history")].count("judged") == 4
 
 
+def test_a_flag_that_was_taken_back_is_not_exported(store):
+    token = present_new(store, "p")
+    store.flag(token, "a slip")
+    store.judge(token, 0)
+    again = store.undo("ann", token)
+    store.judge(again.token, 0)
+    [row] = records(store)
+    assert "flagged" not in row["meta"]
+    store.flag(again.token, "meant")
+    assert next(records(store))["meta"]["flagged"] is True
+
+
 def test_what_is_held_out_stays_held_out_when_more_is_judged(store):
     seen: dict[str, set[str]] = {}
     for start in range(0, 120, 20):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -114,23 +115,23 @@ class Station:
 
     def forget_pair(self, id: str) -> None:
         """As ``Store.forget_pair``."""
-        self.store.forget_pair(id)
-        self._forgotten()
+        with self._forgetting():
+            self.store.forget_pair(id)
 
     def forget_prompt(self, id: int) -> None:
         """As ``Store.forget_prompt``."""
-        self.store.forget_prompt(id)
-        self._forgotten()
+        with self._forgetting():
+            self.store.forget_prompt(id)
 
     def forget_person(self) -> None:
         """As ``Store.forget_person``, of the one who sits here."""
-        self.store.forget_person(self.person)
-        self._forgotten()
+        with self._forgetting():
+            self.store.forget_person(self.person)
 
     def forget_all(self) -> None:
         """As ``Store.forget_all``."""
-        self.store.forget_all()
-        self._forgotten()
+        with self._forgetting():
+            self.store.forget_all()
 
     def _changed(self, result: T) -> T:
         for thread in (self._mirror, self.writer, self._scorer):
@@ -138,9 +139,10 @@ class Station:
                 thread.nudge()
         return result
 
-    def _forgotten(self) -> None:
-        exchange.sweep(self.store)
-        exchange.refresh(self.store)
+    @contextlib.contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        with exchange.forgetting(self.store):
+            yield
         self._changed(None)
 
     def _refresh(self) -> bool:

@@ -311,8 +311,8 @@ class Store:
             busy = self._one("PRAGMA wal_checkpoint(TRUNCATE)")[0]
         if busy:
             raise EnvironmentFault(
-                f"{self.folder / DATABASE}: deleted, but another process reads the store, so copies may stay in its log; "
-                "close the other station, then delete again"
+                f"{self.folder / DATABASE}: deleted, but another process reads the store, so copies may stay in its log until "
+                "the last one closes it; end every station of this folder"
             )
 
     # Below
@@ -340,7 +340,8 @@ class Store:
             try:
                 yield self._connection
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # SQLite itself has taken back what met a full disk
+                    self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
 
