@@ -832,25 +832,19 @@ def station_forget(
 
     Example: fedbiscuit station forget --everything
     """
-    from fedbiscuit.station.exchange import refresh, sweep
+    from fedbiscuit.station.exchange import forgetting
 
     if (bool(pair), bool(person), everything).count(True) != 1:
         raise ConfigError("station forget: say what: --pair ID, --person NAME or --everything")
-    with _store(folder) as store:
-        try:
-            if pair:
-                store.forget_pair(store.whole_id(pair))
-            elif person:
-                if person not in store.people():
-                    raise ConfigError(
-                        f"--person: nobody called {person!r:.80} here; there are {', '.join(store.people())}"
-                    )
-                store.forget_person(person)
-            else:
-                store.forget_all()
-        finally:
-            sweep(store)
-            refresh(store)
+    with _store(folder) as store, forgetting(store):
+        if pair:
+            store.forget_pair(store.whole_id(pair))
+        elif person:
+            if person not in store.people():
+                raise ConfigError(f"--person: nobody called {person!r:.80} here; there are {', '.join(store.people())}")
+            store.forget_person(person)
+        else:
+            store.forget_all()
     print("deleted")
 
 

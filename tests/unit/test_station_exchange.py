@@ -107,6 +107,18 @@ def test_ties_skips_undone_answers_and_the_blind_test_are_not_trained_on(store):
     assert [row["event"] for row in records(store, "history")].count("judged") == 4
 
 
+def test_a_flag_that_was_taken_back_is_not_exported(store):
+    token = present_new(store, "p")
+    store.flag(token, "a slip")
+    store.judge(token, 0)
+    again = store.undo("ann", token)
+    store.judge(again.token, 0)
+    [row] = records(store)
+    assert "flagged" not in row["meta"]
+    store.flag(again.token, "meant")
+    assert next(records(store))["meta"]["flagged"] is True
+
+
 def test_what_is_held_out_stays_held_out_when_more_is_judged(store):
     seen: dict[str, set[str]] = {}
     for start in range(0, 120, 20):
@@ -247,6 +259,56 @@ def test_what_i_have_answered_here_stays_when_a_history_says_otherwise(store, tm
         found = import_file(other, tmp_path / "history.jsonl")
         assert (found.pairs, found.judgements, found.known) == (2, 2, 2)
         assert [e.reason for e in other.history() if e.pair == pair.id] == ["mine"]
+
+
+def test_a_history_says_the_same_of_a_pair_that_is_here_in_the_other_order(store, tmp_path):
+    pair = Pair.of("p", "x", "y")
+    store.add_pairs([pair])
+    store.judge(store.show("ann", pair.id, 0, True).token, 1)  # y stood first, x was chosen
+    store.judge(store.show("bo", pair.id, 0, False).token, None)
+    export(store, tmp_path / "history.jsonl", "history")
+    with Store.open(tmp_path / "other", seed=2) as other:
+        other.add_pairs([Pair.of("p", "y", "x")])
+        found = import_file(other, tmp_path / "history.jsonl")
+        assert (found.pairs, found.judgements) == (0, 2)
+        [row] = records(other)
+        assert (row["output_a"], row["choice"], row["meta"]["shown_first"]) == ("y", 1, "a")
+        shown = other.presentation(other.history("ann")[0].token)
+        assert (shown.first, shown.second) == ("y", "x")
+        assert other.history("bo")[0].choice is None
+
+
+def test_a_pair_of_the_blind_test_takes_no_judgements_to_learn_from_and_the_line_is_named(store, tmp_path):
+    judged(store, 2)
+    export(store, tmp_path / "history.jsonl", "history")
+    with Store.open(tmp_path / "other", seed=2) as other:
+        pair = store.pairs()[1]
+        other.add_pairs([Pair.of(pair.prompt, pair.output_a, pair.output_b, "raw", "aligned", blind=True)])
+        with pytest.raises(DataError, match="2: blind: here this is a pair of the blind test"):
+            import_file(other, tmp_path / "history.jsonl")
+        assert (len(other.pairs()), other.history()) == (1, [])
+
+
+def test_a_history_comes_back_into_a_copy_of_its_folder_where_the_same_showings_had_other_answers(store, tmp_path):
+    judged(store, 1)  # known to both
+    tokens = [present_new(store, f"new {number}") for number in range(4)]
+    with Store.open(tmp_path / "copy", seed=5) as copy:
+        store._connection.backup(copy._connection)
+    with Store.open(tmp_path / "copy") as copy:
+        here = [copy.judge(tokens[0], 1), copy.skip(tokens[1]), copy.judge(tokens[2], 0)]
+        store.skip(tokens[0])
+        store.undo("ann", tokens[0])
+        store.judge(tokens[1], 0)
+        store.flag(tokens[1], "of another answer")
+        store.judge(tokens[2], 0)
+        store.judge(tokens[3], 1)
+        export(store, tmp_path / "history.jsonl", "history")
+        before = len(copy.history())
+        found = import_file(copy, tmp_path / "history.jsonl")
+        assert (found.pairs, found.judgements) == (0, 1)
+        assert [event for event in copy.history() if event.token in tokens[:3]] == here
+        assert [event.token for event in copy.history()[before:]] == [tokens[3]]
+        assert list(records(copy))[-1]["prompt"] == "new 3"
 
 
 def test_prompts_come_from_lines_of_text_or_of_json(store, tmp_path):

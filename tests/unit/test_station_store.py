@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import stat
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fedbiscuit import cli
 from fedbiscuit.station.database import DATABASE
 from fedbiscuit.station.exchange import COMPARISONS, refresh
 from fedbiscuit.station.nouns import Pair, pair_id
@@ -281,11 +283,15 @@ def test_what_is_deleted_is_in_no_file_of_the_folder(confessed, what, after):
 
 def test_forget_me_removes_what_one_person_said_and_nothing_else(confessed):
     station, _ = confessed
+    filler = station.store.pairs()[-1]
+    station.judge(station.store.show("ann", filler.id, 0, False).token, 1, 2.0, "only ann says this")
+    assert b"only ann says this" in bytes_of(station.store.folder)
     station.forget_person()
     assert {event.person for event in station.store.history()} == {"bo"}
     assert station.store.people() == ["bo"]
     assert len(station.store.pairs()) == 22
-    assert b'"ann"' not in bytes_of(station.store.folder)
+    left = bytes_of(station.store.folder)
+    assert (b'"ann"' in left, b"only ann says this" in left, SECRETS["reason"].encode() in left) == (False, False, True)
 
 
 def test_a_pair_that_is_deleted_may_come_back_and_is_asked_anew(confessed):
@@ -295,40 +301,34 @@ def test_a_pair_that_is_deleted_may_come_back_and_is_asked_anew(confessed):
     assert secret.id not in {event.pair for event in station.store.history()}
 
 
-def test_deleting_says_so_where_another_process_still_reads_what_was_there(confessed):
+@pytest.mark.parametrize("by", ["the page", "the command line"])
+def test_deleting_says_so_where_another_process_still_reads_what_was_there(confessed, monkeypatch, by):
     station, secret = confessed
-    reader = sqlite3.connect(station.store.folder / DATABASE, isolation_level=None)
-    reader.execute("BEGIN")
-    reader.execute("SELECT count(*) FROM pairs").fetchone()
-    station.store._connection.execute("PRAGMA busy_timeout = 50")
-    with pytest.raises(
-        EnvironmentFault, match=r"deleted, but another process reads.*the last one to end empties the log"
-    ):
-        station.forget_pair(secret.id)
-    derived = station.store.folder / COMPARISONS
-    assert not derived.exists() or SECRETS["prompt"].encode() not in derived.read_bytes()
-    reader.close()
-    station.forget_all()
-    assert SECRETS["prompt"].encode() not in bytes_of(station.store.folder)
+    folder = station.store.folder
+    assert SECRETS["prompt"].encode() in (folder / COMPARISONS).read_bytes()
+    with contextlib.closing(sqlite3.connect(folder / DATABASE, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM pairs").fetchone()
+        with pytest.raises(EnvironmentFault, match="deleted, but another process .* end every station of this folder"):
+            if by == "the page":
+                station.store._connection.execute("PRAGMA busy_timeout = 50")
+                station.forget_pair(secret.id)
+            else:
+                monkeypatch.setattr("fedbiscuit.station.database.BUSY_SECONDS", 0.05)
+                cli.station_forget(pair=secret.id, folder=folder)
+        assert SECRETS["prompt"].encode() not in (folder / COMPARISONS).read_bytes()
+        assert BASIL.prompt.encode() in (folder / COMPARISONS).read_bytes()
+        assert secret not in station.store.pairs()
+    station.close()
+    station.store.close()
+    assert [text for text in SECRETS.values() if text.encode() in bytes_of(folder)] == []
 
 
-def test_what_is_written_for_a_prompt_that_was_deleted_is_not_taken_for_the_next_one(store):
-    store.add_prompts(["my secret"])
-    (secret,) = store.prompts("waiting")
-    store.forget_all()
-    store.add_prompts(["harmless"])
-    assert store.prompts()[0].id == secret.id  # numbers begin anew
-    assert store.answered(secret, Pair.of("my secret", "x", "y")) is False
-    store.failed(secret, "too long")
-    assert [(one.text, one.state) for one in store.prompts()] == [("harmless", "waiting")]
-    assert store.pairs() == []
-
-
-def test_a_full_disk_is_named_and_nothing_is_half_kept(store):
-    before = len(store.pairs())
-    store._connection.execute(f"PRAGMA max_page_count = {store._one('PRAGMA page_count')[0] + 1}")
-    with pytest.raises(EnvironmentFault, match="full"):
-        store.add_pairs([Pair.of("a prompt", "x" * 50_000, "y" * 50_000)])
+def test_a_full_disk_is_called_so_and_the_store_goes_on_when_there_is_room(store):
+    [pages] = store._connection.execute("PRAGMA page_count").fetchone()
+    store._connection.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(EnvironmentFault, match="the disk is full; make room"):
+        store.add_pairs([Pair.of(f"prompt {number}", "x" * 5000, "y") for number in range(50)])
+    assert store.pairs() == [BASIL]
     store._connection.execute("PRAGMA max_page_count = 1000000")
-    assert len(store.pairs()) == before
-    store.judge(store.show("ann", BASIL.id, 0, False).token, 0)
+    assert store.add_pairs([Pair.of("p", "x", "y")]) == 1

@@ -155,6 +155,17 @@ def test_what_was_written_for_a_prompt_that_has_been_deleted_meanwhile_is_droppe
     assert store.pairs() == []
 
 
+def test_what_was_written_for_a_deleted_prompt_does_not_come_back_as_the_answer_to_another(store):
+    store.add_prompts(["my secret"])
+    [old] = store.prompts()
+    store.forget_all()
+    store.add_prompts(["harmless"])
+    assert not store.answered(old, Pair.of(old.text, "answer", "other answer"))
+    store.failed(old, "too long")
+    assert store.pairs() == []
+    assert [(prompt.text, prompt.state) for prompt in store.prompts()] == [("harmless", "waiting")]
+
+
 # The blind test
 
 

@@ -15,6 +15,8 @@ __all__ = ["DATABASE", "fault_of", "open_database", "private_folder"]
 
 DATABASE = "station.sqlite"
 VERSION = 1
+BUSY_SECONDS = 30.0
+"""So long a call waits for another process that is at the file."""
 
 SCHEMA = """
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -71,7 +73,7 @@ def open_database(path: Path, seed: int | None) -> sqlite3.Connection:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         os.fchmod(descriptor, 0o600)  # SQLite gives -wal and -shm the same mode
         os.close(descriptor)
-    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         _prepare(connection, path, seed)
     except sqlite3.Error as error:

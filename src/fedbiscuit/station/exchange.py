@@ -30,6 +30,7 @@ __all__ = [
     "Form",
     "Imported",
     "export",
+    "forgetting",
     "import_file",
     "import_prompts",
     "records",
@@ -103,6 +104,16 @@ def refresh(store: Store) -> None:
             atomic_write(path, text, 0o600)
 
 
+@contextlib.contextmanager
+def forgetting(store: Store) -> Iterator[None]:
+    """Around what deletes from the store: the texts go from the files beside it too, also where the store has a complaint."""
+    try:
+        yield
+    finally:
+        sweep(store)
+        refresh(store)
+
+
 def sweep(store: Store) -> None:
     """Remove what a crash has left of a file that was being written or uploaded: there are texts in it."""
     for torn in store.folder.glob(f".tmp-{COMPARISONS}-*"):
@@ -161,9 +172,7 @@ def _judged(store: Store, person: str) -> list[Judged]:
     again: dict[str, Event] = {}
     flagged: set[str] = set()
     for event in store.history(person):
-        if event.undone:
-            continue
-        if event.kind == "flagged":
+        if event.kind == "flagged" and not event.undone:
             flagged.add(event.pair)
         elif event.kind == "judged":
             (again if event.showing else first)[event.pair] = event

@@ -37,40 +37,45 @@ def history_records(store: Store, person: str | None = None) -> Iterator[dict[st
 
 
 def read_history(store: Store, path: Path, lines: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[int, int]:
-    """Add the pairs and the lines of an exported history; how many of each were new."""
+    """Add the pairs and the lines of an exported history; how many of each were new.
+
+    A pair that is here keeps the order of its answers, so choices of a history that has them the other way are turned round.
+    """
     pairs: dict[str, Pair] = {}
-    events: list[Event] = []
+    asked: list[tuple[int, Pair]] = []
+    events: list[tuple[Event, Pair]] = []
     for number, record in lines:
         try:
             if record["event"] == "pair":
                 _check(record, PAIR_CHECKS)
                 pair = Pair.of(*(record[key] for key in PAIR_KEYS))
                 pairs[pair.id] = pair
+                asked.append((number, pair))
                 continue
             _check(record, EVENT_CHECKS)
             if record["pair"] not in pairs:
                 raise DataError(f"pair: {shown(record['pair'])} is in no line before; export the history again")
             told = {key: record[key] for key in EVENT_CHECKS if key != "event"}
-            events.append(Event(number=0, kind=record["event"], **told))
+            events.append((Event(number=0, kind=record["event"], **told), pairs[record["pair"]]))
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
-    with store.all_or_nothing():
-        added = store.add_pairs(list(pairs.values()))
-        here = {pair.id: pair for pair in store.pairs()}
-        for id, pair in pairs.items():
-            if here[id].blind != pair.blind:
-                raise DataError(
-                    f"{path}: pair {id[:16]}: of the blind test in one place and not in the other; leave its lines out"
-                )
-        return added, store.restore([_as_here(event, pairs[event.pair], here[event.pair]) for event in events])
+    new = store.add_pairs([pair for _, pair in asked])
+    here = {pair.id: pair for pair in store.pairs()} if asked else {}
+    for number, pair in asked:
+        if here[pair.id].blind != pair.blind:
+            kind = "a pair of the blind test" if here[pair.id].blind else "a pair to learn from"
+            raise DataError(
+                f"{path}:{number}: blind: here this is {kind}, with answers that mean another thing; remove the pair here, or "
+                "its lines there"
+            )
+    turned = [_turned(event) if here[pair.id].output_a != pair.output_a else event for event, pair in events]
+    return new, store.restore(turned)
 
 
-def _as_here(event: Event, there: Pair, here: Pair) -> Event:
-    """A line of a history as a store has to say it in which the two answers of the pair may stand the other way round."""
-    if there.output_a == here.output_a:
-        return event
-    choice: Literal[0, 1] | None = None if event.choice is None else (1 if event.choice == 0 else 0)
-    return replace(event, choice=choice, swapped=not event.swapped)
+def _turned(event: Event) -> Event:
+    """The same said of the pair with its answers in the other order."""
+    choice: dict[int | None, Literal[0, 1] | None] = {None: None, 0: 1, 1: 0}
+    return replace(event, choice=choice[event.choice], swapped=not event.swapped)
 
 
 def _check(record: Mapping[str, Any], checks: Mapping[str, Callable[[Any], bool]]) -> None:

@@ -143,13 +143,9 @@ class Station:
 
     @contextlib.contextmanager
     def _forgetting(self) -> Iterator[None]:
-        """What is derived follows, also where the store says that a copy may have stayed in its log."""
-        try:
+        with exchange.forgetting(self.store):
             yield
-        finally:
-            exchange.sweep(self.store)
-            exchange.refresh(self.store)
-            self._changed(None)
+        self._changed(None)
 
     def _refresh(self) -> bool:
         exchange.refresh(self.store)

@@ -261,8 +261,20 @@ class Store:
 
         What this person has answered here already stays, and the other store's lines about it are left out.
         """
+        other: set[str] = set()  # in a copy of this folder, a token of ours has another answer: its lines speak of that one
+        new = 0
         with self._transaction() as db:
-            return sum(_restore(db, event) for event in events)
+            for event in events:
+                if event.kind in ("judged", "skipped"):
+                    here = db.execute(
+                        "SELECT kind, choice, time FROM history WHERE token = ? AND kind IN ('judged', 'skipped')",
+                        (event.token,),
+                    ).fetchall()
+                    if here not in ([], [(event.kind, event.choice, event.time)]):
+                        other.add(event.token)
+                if event.token not in other:
+                    new += _restore(db, event)
+        return new
 
     def people(self) -> list[str]:
         """Who has been shown something, sorted."""
@@ -293,9 +305,9 @@ class Store:
         self._wipe()
 
     def forget_all(self) -> None:
-        """Remove everything: prompts, pairs, history."""
+        """Remove everything: prompts, pairs, history. Numbers go on, so what is still being written for a prompt finds none."""
         with self._transaction() as db:
-            for table in ("prompts", "pairs", "presentations", "history", "sqlite_sequence"):
+            for table in ("prompts", "pairs", "presentations", "history"):
                 db.execute(f"DELETE FROM {table}")
         self._wipe()
 
@@ -306,8 +318,8 @@ class Store:
             busy = self._one("PRAGMA wal_checkpoint(TRUNCATE)")[0]
         if busy:
             raise EnvironmentFault(
-                f"{self.folder / DATABASE}: deleted, but another process reads the store, so copies may stay in its log; "
-                "end every station of this folder: the last one to end empties the log"
+                f"{self.folder / DATABASE}: deleted, but another process reads the store, so copies may stay in its log until "
+                "the last one closes it; end every station of this folder"
             )
 
     # Below
@@ -335,7 +347,7 @@ class Store:
             try:
                 yield self._connection
             except BaseException:
-                if self._connection.in_transaction:  # SQLite has taken it back itself where the disk is full
+                if self._connection.in_transaction:  # SQLite itself has taken back what met a full disk
                     self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
