@@ -309,7 +309,7 @@ def test_deleting_says_so_where_another_process_still_reads_what_was_there(confe
     with contextlib.closing(sqlite3.connect(folder / DATABASE, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM pairs").fetchone()
-        with pytest.raises(EnvironmentFault, match="deleted, but another process .* end every station of this folder"):
+        with pytest.raises(EnvironmentFault, match=r"deleted, but another process .* end every station of this folder"):  # noqa: PT012
             if by == "the page":
                 station.store._connection.execute("PRAGMA busy_timeout = 50")
                 station.forget_pair(secret.id)

@@ -174,7 +174,7 @@ def _judged(store: Store, person: str) -> list[Judged]:
     for event in store.history(person):
         if event.kind == "flagged" and not event.undone:
             flagged.add(event.pair)
-        elif event.kind == "judged":
+        elif event.kind == "judged" and not event.undone:
             (again if event.showing else first)[event.pair] = event
     return [
         Judged(pair, first[pair.id], again.get(pair.id), pair.id in flagged)
