@@ -171,19 +171,20 @@ def _add_comparing(app: FastAPI, station: Station, render: Renderer) -> None:
         seconds: Field = "",
     ) -> Response:
         page, took = _page(blind), _seconds(seconds)
-        try:
-            open_now = station.store.presentation(token)
-        except DataError:
-            return _to(page, "gone")
-        if open_now.person != station.person:
-            return _to(page, "gone")
-        known = _is_answered(station, token)
-        if flag and not known:
-            station.flag(token, reason)
-        if picked == "skip":
-            station.skip(token, took, reason)
-        else:
-            station.judge(token, {"first": 0, "second": 1, "tie": None}[picked], took, reason)
+        with station.store.all_or_nothing():  # of two clicks at once, the one that is told "kept" is the one that is
+            try:
+                open_now = station.store.presentation(token)
+            except DataError:
+                return _to(page, "gone")
+            if open_now.person != station.person:
+                return _to(page, "gone")
+            known = station.store.is_answered(token)
+            if flag and not known:
+                station.flag(token, reason)
+            if picked == "skip":
+                station.skip(token, took, reason)
+            else:
+                station.judge(token, {"first": 0, "second": 1, "tie": None}[picked], took, reason)
         return _to(page, "already" if known else picked)
 
     @app.post("/undo")
@@ -204,10 +205,6 @@ def _add_comparing(app: FastAPI, station: Station, render: Renderer) -> None:
 
 def _page(blind: bool) -> str:
     return "/blind" if blind else "/"
-
-
-def _is_answered(station: Station, token: str) -> bool:
-    return any(e.token == token and e.kind in ("judged", "skipped") for e in station.store.history(station.person))
 
 
 def _seconds(text: str) -> float | None:

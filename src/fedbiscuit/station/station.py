@@ -20,9 +20,12 @@ __all__ = ["Station"]
 
 T = TypeVar("T")
 
+MIRROR_SECONDS = 2.0
+"""``comparisons.jsonl`` is written anew, whole, when nothing has changed for so long, and not at each click."""
+
 
 class Station:
-    """One person at one store. After every change the writer knows, and ``comparisons.jsonl`` follows in a moment. Thread-safe.
+    """One person at one store. After every change the writer knows, and ``comparisons.jsonl`` follows soon. Thread-safe.
 
     What is deleted is gone from both when the call returns.
     """
@@ -46,7 +49,7 @@ class Station:
         self._closed = False
         exchange.sweep(store)
         exchange.refresh(store)  # a crash may have come between the two
-        self._mirror = Background("comparisons.jsonl", self._refresh)
+        self._mirror = Background("comparisons.jsonl", self._refresh, MIRROR_SECONDS)
         self.writer = Writer(store, person, authors) if authors is not None else None
         self._scorer = Scorer(store, self.asking.selectors, readers) if readers is not None else None
 

@@ -183,6 +183,10 @@ class Store:
             raise DataError("this page is not known here (any more): the pair may have been deleted; reload the page")
         return self._presentation(rows[0])
 
+    def is_answered(self, token: str) -> bool:
+        """Whether what was shown under a token has been judged or skipped, also if that was taken back since."""
+        return bool(self._all("SELECT 1 FROM history WHERE token = ? AND kind IN ('judged', 'skipped')", token))
+
     def show(self, person: str, pair: str, showing: int, swapped: bool) -> Presentation:
         """Note that a pair is shown. The same (person, pair, showing) has one token until it is undone."""
         with self._transaction() as db:
@@ -254,7 +258,9 @@ class Store:
 
         What this person has answered here already stays, and the other store's lines about it are left out.
         """
-        other: set[str] = set()  # in a copy of this folder, a token of ours has another answer: its lines speak of that one
+        other: set[str] = (
+            set()
+        )  # in a copy of this folder, a token of ours has another answer: its lines speak of that one
         new = 0
         with self._transaction() as db:
             for event in events:
@@ -373,7 +379,7 @@ class Store:
 
 
 _PAIR = "id, prompt, output_a, output_b, source_a, source_b, blind"
-_ASKED = "blind = ? AND output_a != output_b"
+_ASKED = "blind = ? AND number NOT IN (SELECT number FROM pairs WHERE output_a = output_b)"  # reads no texts
 _PRESENTATION = "s.token, s.person, s.pair, s.showing, s.swapped"
 _SAID = "kind, token, choice, seconds, reason, time"
 _STANDS = (
