@@ -115,7 +115,43 @@ def test_no_model_is_loaded_before_a_prompt_waits(store):
 
     writer = Writer(store, "ann", load)
     settled(writer)
-    assert writer.status().state == "idle"
+    assert (writer.status().state, writer.status().error) == ("idle", "")
+    writer.close()
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_again_for_a_new_prompt_and_not_after_each_judgement(store):
+    tries: list[int] = []
+
+    def load() -> Authors:
+        tries.append(1)
+        raise ConfigError("model.base: nowhere: not found")
+
+    store.add_prompts(["one"])
+    writer = Writer(store, "ann", load)
+    for _ in range(3):
+        settled(writer)
+    assert (len(tries), writer.status().state, writer.status().error) == (1, "failed", "model.base: nowhere: not found")
+    store.add_prompts(["two"])
+    settled(writer)
+    settled(writer)
+    assert len(tries) == 2
+    writer.retry()
+    assert writer.settle(60)
+    assert (len(tries), writer.status().state) == (3, "failed")
+    writer.close()
+
+
+def test_an_answer_that_cannot_be_kept_is_said_and_the_next_prompt_gets_its_answers(store):
+    def write(prompt: str, count: int, progress: Callable[[float], None]) -> list[str]:
+        return [f"answer\x00{number}" for number in range(count)] if prompt == "odd" else echo(prompt, count, progress)
+
+    store.add_prompts(["odd", "fine"])
+    writer = Writer(store, "ann", authors(write))
+    settled(writer)
+    assert [pair.prompt for pair in store.pairs()] == ["fine"]
+    [failed] = store.prompts("failed")
+    assert "NUL" in failed.error
+    assert writer.status().error == ""
     writer.close()
 
 
@@ -210,6 +246,32 @@ def test_the_same_prompts_test_another_policy_and_the_result_is_of_the_last_one(
     assert blind_result(store, "ann")["name"] == "policy two"
     assert (blind_result(store, "ann")["wins"], blind_result(store, "ann")["ties"]) == (1, 0)
     second.close()
+
+
+def test_where_all_agree_the_interval_of_the_blind_test_still_says_how_little_ten_are(store):
+    store.add_pairs([Pair.of(f"p{n}", "raw", "better", "model tiny", "policy one", blind=True) for n in range(10)])
+    for pair in store.pairs():
+        store.judge(store.show("ann", pair.id, 0, False).token, 1)
+    result = blind_result(store, "ann")
+    assert (result["win_rate"], result["wins"]) == (1.0, 10)
+    assert result["interval"] == [pytest.approx(0.7225, abs=1e-4), pytest.approx(1.0)]
+
+
+def test_the_same_policy_does_not_write_again_for_the_prompts_of_the_blind_test(store):
+    wrote: list[str] = []
+
+    def better(prompt: str, count: int, progress: Callable[[float], None]) -> list[str]:
+        wrote.append(prompt)
+        return [f"better number {len(wrote)}"]
+
+    for prompts in (["p1"], ["p1", "p2"]):  # the second time is a restart with one prompt more
+        station = Station(store, "ann", authors=authors(echo, better))
+        station.ask(prompts, blind=True)
+        settled(station.writer)
+        station.close()
+    assert wrote == ["p1", "p2"]
+    assert len(store.pairs()) == 2
+    assert store.count_prompts("written", True) == 2
 
 
 def test_a_blind_test_without_a_policy_says_what_is_missing(store):

@@ -107,6 +107,13 @@ class Store:
             _insert_pair(db, pair)
         return True
 
+    def tested_before(self, prompt: Prompt, raw: str, aligned: str) -> bool:
+        """Whether these two have written for this prompt of the blind test; it then waits no more."""
+        pair = "SELECT 1 FROM pairs WHERE blind AND prompt = text AND (source_a, source_b) = (?, ?)"
+        query = f"UPDATE prompts SET state = 'written', error = '' WHERE id = ? AND blind AND EXISTS ({pair})"
+        with self._transaction() as db:
+            return bool(db.execute(query, (prompt.id, raw, aligned)).rowcount)
+
     def failed(self, prompt: Prompt, error: str) -> None:
         """Note that answers to a prompt could not be written, and why."""
         with self._transaction() as db:
