@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedbiscuit import cli
 from fedbiscuit.station.nouns import Pair
 from fedbiscuit.station.queue import Asking
 from fedbiscuit.station.scoring import Scorer, digest_of_selectors
@@ -200,6 +202,56 @@ def test_what_was_written_for_a_deleted_prompt_does_not_come_back_as_the_answer_
     store.failed(old, "too long")
     assert store.pairs() == []
     assert [(prompt.text, prompt.state) for prompt in store.prompts()] == [("harmless", "waiting")]
+
+
+# What the command starts
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch):
+    """Starts a station by its command, which ends at once; whether it would write, and what it asks."""
+
+    def start(**options: Any) -> tuple[bool, Asking]:
+        seen: list[tuple[bool, Asking]] = []
+        monkeypatch.setattr(
+            "fedbiscuit.station.serving.serve",
+            lambda desk, *_, **__: seen.append((desk.writer is not None, desk.asking)),
+        )
+        cli.station(folder=tmp_path / "station", **options)
+        return seen[0]
+
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "output_a": "x", "output_b": "y"}\n')
+    (tmp_path / "selectors" / "u0").mkdir(parents=True)
+    (tmp_path / "selectors" / "u0" / "adapter_model.safetensors").write_bytes(b"one")
+    return start
+
+
+def test_with_pairs_alone_no_model_is_named_and_with_a_model_or_nothing_it_writes(started, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    assert not started(pairs=pairs)[0]
+    assert started(pairs=pairs, model="some-model")[0]
+    assert started(pairs=pairs, policy=tmp_path)[0]
+    assert started()[0]
+
+
+def test_options_that_would_do_nothing_are_refused(started, tmp_path):
+    for options in (
+        {"blind": True},
+        {"blind": True, "policy": tmp_path},
+        {"blind": True, "prompts": tmp_path / "p.txt"},
+    ):
+        with pytest.raises(ConfigError, match=r"--blind: .* --prompts FILE and --policy RUN"):
+            started(**options)
+    with pytest.raises(ConfigError, match=r"--random-share: .* add --selectors RUN"):
+        started(random_share=0.5)
+    assert not (tmp_path / "station").exists()
+
+
+def test_the_share_of_random_pairs_is_the_one_that_is_given(started, tmp_path, monkeypatch):
+    pairs = tmp_path / "pairs.jsonl"
+    monkeypatch.setattr("fedbiscuit.station.scoring.readers_of", lambda *_: lambda: lambda asked: [None] * len(asked))
+    assert started(pairs=pairs, selectors=tmp_path)[1].random_share == 0.3
+    assert started(pairs=pairs, selectors=tmp_path, random_share=0.0)[1].random_share == 0.0
 
 
 # The blind test
