@@ -695,7 +695,10 @@ def station(
         Path | None, Parameter(show_default=False, help="prompts for the model to answer: .txt, one a line, or .jsonl")
     ] = None,
     pairs: Annotated[
-        Path | None, Parameter(show_default=False, help="pairs that exist: .jsonl with prompt, output_a, output_b")
+        Path | None,
+        Parameter(
+            show_default=False, help="pairs that exist: .jsonl with prompt, output_a, output_b; alone, no model runs"
+        ),
     ] = None,
     model: Annotated[
         str,
@@ -709,16 +712,21 @@ def station(
         ),
     ] = None,
     blind: Annotated[
-        bool, Parameter(negative="", show_default=False, help="the prompts of --prompts are for the blind test")
+        bool,
+        Parameter(negative="", show_default=False, help="the prompts of --prompts are for the blind test of --policy"),
     ] = False,
     selectors: Annotated[
         Path | None,
         Parameter(show_default=False, help="a run or an export: ask first where its selectors disagree"),
     ] = None,
     random_share: Annotated[
-        float,
-        Parameter(validator=validators.Number(gte=0, lte=1), help="with --selectors: how many pairs come at random"),
-    ] = 0.3,
+        float | None,
+        Parameter(
+            validator=validators.Number(gte=0, lte=1),
+            show_default=False,
+            help="with --selectors: how many pairs come at random, 0.3 if not given",
+        ),
+    ] = None,
     run: Annotated[
         Path | None, Parameter(show_default=False, help="the run to show on the page: what was learned from you")
     ] = None,
@@ -763,8 +771,20 @@ def station(
     from fedbiscuit.station.store import Store
     from fedbiscuit.station.writing import authors_of
 
-    asking = Asking(repeat_every, digest_of_selectors(selectors) if selectors else "", random_share)
-    authors = authors_of(model, policy, max_new_tokens, device)
+    if blind and (prompts is None or policy is None):
+        raise ConfigError(
+            "--blind: is for prompts that a policy answers too; give it with --prompts FILE and --policy RUN"
+        )
+    if random_share is not None and selectors is None:
+        raise ConfigError(
+            "--random-share: without selectors all pairs come at random; add --selectors RUN, or leave it out"
+        )
+    asking = Asking(repeat_every)
+    if selectors is not None:
+        share = asking.random_share if random_share is None else random_share
+        asking = Asking(repeat_every, digest_of_selectors(selectors), share)
+    writes = pairs is None or bool(model) or any(given is not None for given in (prompts, policy, max_new_tokens))
+    authors = authors_of(model, policy, max_new_tokens, device) if writes else None
     readers = readers_of(selectors, device) if selectors else None
     with Store.open(folder) as store:
         desk = Station(store, person, asking, authors, readers, run, site)

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from fedbiscuit import cli
+from fedbiscuit.station.app import create_app
+from fedbiscuit.station.background import Background
 from fedbiscuit.station.database import DATABASE
 from fedbiscuit.station.exchange import COMPARISONS, refresh
 from fedbiscuit.station.nouns import Pair, pair_id
+from fedbiscuit.station.queue import Asking
 from fedbiscuit.station.station import Station
 from fedbiscuit.station.store import Store
 from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, IntegrityError
@@ -309,13 +312,11 @@ def test_deleting_says_so_where_another_process_still_reads_what_was_there(confe
     with contextlib.closing(sqlite3.connect(folder / DATABASE, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM pairs").fetchone()
-        with pytest.raises(EnvironmentFault, match=r"deleted, but another process .* end every station of this folder"):  # noqa: PT012
-            if by == "the page":
-                station.store._connection.execute("PRAGMA busy_timeout = 50")
-                station.forget_pair(secret.id)
-            else:
-                monkeypatch.setattr("fedbiscuit.station.database.BUSY_SECONDS", 0.05)
-                cli.station_forget(pair=secret.id, folder=folder)
+        monkeypatch.setattr("fedbiscuit.station.database.BUSY_SECONDS", 0.05)
+        station.store._connection.execute("PRAGMA busy_timeout = 50")
+        forget = station.forget_pair if by == "the page" else lambda id: cli.station_forget(pair=id, folder=folder)
+        with pytest.raises(EnvironmentFault, match=r"deleted, but another process .* end every station of this folder"):
+            forget(secret.id)
         assert SECRETS["prompt"].encode() not in (folder / COMPARISONS).read_bytes()
         assert BASIL.prompt.encode() in (folder / COMPARISONS).read_bytes()
         assert secret not in station.store.pairs()
@@ -332,3 +333,92 @@ def test_a_full_disk_is_called_so_and_the_store_goes_on_when_there_is_room(store
     assert store.pairs() == [BASIL]
     store._connection.execute("PRAGMA max_page_count = 1000000")
     assert store.add_pairs([Pair.of("p", "x", "y")]) == 1
+
+
+# The work of a click
+
+
+def test_a_store_of_before_gets_its_indexes_and_counts_read_no_texts(tmp_path):
+    with Store.open(tmp_path / "s", 1) as store:
+        store.add_pairs([BASIL, Pair.of("alike", "x", "x"), Pair.of("blind", "x", "y", "raw", "new", blind=True)])
+        for [name] in store._all("SELECT name FROM sqlite_master WHERE type = 'index' AND sql LIKE 'CREATE INDEX%'"):
+            store._connection.execute(f"DROP INDEX {name}")
+        before = [store.pair_ids(blind) for blind in (False, True)]
+    with Store.open(tmp_path / "s") as store:
+        assert [store.pair_ids(blind) for blind in (False, True)] == before
+        assert [len(ids) for ids in before] == [1, 1]
+        assert (store.count_ahead("ann", False), store.count_ahead("ann", True)) == (0, 1)
+        asked: list[str] = []
+        store._connection.set_trace_callback(asked.append)
+        store.pair_ids(False)
+        store.is_answered("token")
+        store.count_ahead("ann", False)
+        store._connection.set_trace_callback(None)
+        plans = [str(store._all(f"EXPLAIN QUERY PLAN {query}")) for query in asked]
+        assert ["COVERING INDEX pairs_without_texts" in plan for plan in plans] == [True, False, True]
+        assert not any("SCAN history" in plan or "SCAN presentations" in plan for plan in plans)
+
+
+def test_what_was_shown_is_answered_once_it_is_judged_or_skipped_and_not_by_a_flag(store):
+    token = store.show("ann", BASIL.id, 0, False).token
+    assert not store.is_answered(token)
+    store.flag(token)
+    assert not store.is_answered(token)
+    store.skip(token)
+    assert store.is_answered(token)
+    again = store.undo("ann", token)
+    assert (store.is_answered(token), store.is_answered(again.token)) == (True, False)
+
+
+def test_the_file_beside_the_store_is_written_once_for_many_clicks(store, monkeypatch):
+    written: list[int] = []
+    monkeypatch.setattr("fedbiscuit.station.exchange.refresh", lambda store: written.append(len(store.history())))
+    monkeypatch.setattr("fedbiscuit.station.station.MIRROR_SECONDS", 3600.0)
+    station = Station(store, "ann", Asking(repeat_every=0))
+    store.add_pairs([Pair.of(f"prompt {number}", "x", "y") for number in range(9)])
+    while (shown := station.present()) is not None:
+        station.judge(shown.token, 0)
+    assert written == [0]  # at the start
+    station.settle()
+    assert written == [0, 10]
+    station.ask(["anything changes"])
+    station.forget_prompt(1)
+    assert written == [0, 10, 10]  # what is deleted does not wait
+    station.close()
+    assert written == [0, 10, 10, 10]
+
+
+def test_background_work_waits_for_a_pause_that_comes_by_itself():
+    done = threading.Event()
+    thread = Background("test", lambda: bool(done.set()), 0.01)
+    thread.nudge()
+    assert done.wait(60)
+    thread.close()
+
+
+def test_of_two_clicks_at_once_what_is_said_is_what_is_kept(store, monkeypatch):
+    """The second click comes while the first one is between looking and keeping."""
+    token, station = store.show("ann", BASIL.id, 0, False).token, Station(store, "ann", Asking(repeat_every=0))
+    app = create_app(station, "token", ["127.0.0.1:1"]).app
+    judge = next(route.endpoint for route in app.routes if getattr(route, "path", "") == "/judge")
+    said: dict[str, str] = {}
+    looked, second = threading.Event(), threading.Thread(target=lambda: click("second"))
+    is_answered = store.is_answered
+
+    def click(picked: str) -> None:
+        said[picked] = judge(token=token, picked=picked).headers["location"]
+
+    def slowly(token: str) -> bool:
+        found = is_answered(token)
+        if not looked.is_set():
+            looked.set()
+            second.start()
+            second.join(0.5)  # it waits for the first one, so this limit is reached
+        return found
+
+    monkeypatch.setattr(store, "is_answered", slowly)
+    click("first")
+    second.join(60)
+    assert said == {"first": "/?said=first", "second": "/?said=already"}
+    assert [event.choice for event in store.history()] == [0]
+    station.close()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedbiscuit import cli
 from fedbiscuit.station.nouns import Pair
 from fedbiscuit.station.queue import Asking
 from fedbiscuit.station.scoring import Scorer, digest_of_selectors
@@ -115,7 +117,43 @@ def test_no_model_is_loaded_before_a_prompt_waits(store):
 
     writer = Writer(store, "ann", load)
     settled(writer)
-    assert writer.status().state == "idle"
+    assert (writer.status().state, writer.status().error) == ("idle", "")
+    writer.close()
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_again_for_a_new_prompt_and_not_after_each_judgement(store):
+    tries: list[int] = []
+
+    def load() -> Authors:
+        tries.append(1)
+        raise ConfigError("model.base: nowhere: not found")
+
+    store.add_prompts(["one"])
+    writer = Writer(store, "ann", load)
+    for _ in range(3):
+        settled(writer)
+    assert (len(tries), writer.status().state, writer.status().error) == (1, "failed", "model.base: nowhere: not found")
+    store.add_prompts(["two"])
+    settled(writer)
+    settled(writer)
+    assert len(tries) == 2
+    writer.retry()
+    assert writer.settle(60)
+    assert (len(tries), writer.status().state) == (3, "failed")
+    writer.close()
+
+
+def test_an_answer_that_cannot_be_kept_is_said_and_the_next_prompt_gets_its_answers(store):
+    def write(prompt: str, count: int, progress: Callable[[float], None]) -> list[str]:
+        return [f"answer\x00{number}" for number in range(count)] if prompt == "odd" else echo(prompt, count, progress)
+
+    store.add_prompts(["odd", "fine"])
+    writer = Writer(store, "ann", authors(write))
+    settled(writer)
+    assert [pair.prompt for pair in store.pairs()] == ["fine"]
+    [failed] = store.prompts("failed")
+    assert "NUL" in failed.error
+    assert writer.status().error == ""
     writer.close()
 
 
@@ -166,6 +204,56 @@ def test_what_was_written_for_a_deleted_prompt_does_not_come_back_as_the_answer_
     assert [(prompt.text, prompt.state) for prompt in store.prompts()] == [("harmless", "waiting")]
 
 
+# What the command starts
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch):
+    """Starts a station by its command, which ends at once; whether it would write, and what it asks."""
+
+    def start(**options: Any) -> tuple[bool, Asking]:
+        seen: list[tuple[bool, Asking]] = []
+        monkeypatch.setattr(
+            "fedbiscuit.station.serving.serve",
+            lambda desk, *_, **__: seen.append((desk.writer is not None, desk.asking)),
+        )
+        cli.station(folder=tmp_path / "station", **options)
+        return seen[0]
+
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "output_a": "x", "output_b": "y"}\n')
+    (tmp_path / "selectors" / "u0").mkdir(parents=True)
+    (tmp_path / "selectors" / "u0" / "adapter_model.safetensors").write_bytes(b"one")
+    return start
+
+
+def test_with_pairs_alone_no_model_is_named_and_with_a_model_or_nothing_it_writes(started, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    assert not started(pairs=pairs)[0]
+    assert started(pairs=pairs, model="some-model")[0]
+    assert started(pairs=pairs, policy=tmp_path)[0]
+    assert started()[0]
+
+
+def test_options_that_would_do_nothing_are_refused(started, tmp_path):
+    for options in (
+        {"blind": True},
+        {"blind": True, "policy": tmp_path},
+        {"blind": True, "prompts": tmp_path / "p.txt"},
+    ):
+        with pytest.raises(ConfigError, match=r"--blind: .* --prompts FILE and --policy RUN"):
+            started(**options)
+    with pytest.raises(ConfigError, match=r"--random-share: .* add --selectors RUN"):
+        started(random_share=0.5)
+    assert not (tmp_path / "station").exists()
+
+
+def test_the_share_of_random_pairs_is_the_one_that_is_given(started, tmp_path, monkeypatch):
+    pairs = tmp_path / "pairs.jsonl"
+    monkeypatch.setattr("fedbiscuit.station.scoring.readers_of", lambda *_: lambda: lambda asked: [None] * len(asked))
+    assert started(pairs=pairs, selectors=tmp_path)[1].random_share == 0.3
+    assert started(pairs=pairs, selectors=tmp_path, random_share=0.0)[1].random_share == 0.0
+
+
 # The blind test
 
 
@@ -210,6 +298,32 @@ def test_the_same_prompts_test_another_policy_and_the_result_is_of_the_last_one(
     assert blind_result(store, "ann")["name"] == "policy two"
     assert (blind_result(store, "ann")["wins"], blind_result(store, "ann")["ties"]) == (1, 0)
     second.close()
+
+
+def test_where_all_agree_the_interval_of_the_blind_test_still_says_how_little_ten_are(store):
+    store.add_pairs([Pair.of(f"p{n}", "raw", "better", "model tiny", "policy one", blind=True) for n in range(10)])
+    for pair in store.pairs():
+        store.judge(store.show("ann", pair.id, 0, False).token, 1)
+    result = blind_result(store, "ann")
+    assert (result["win_rate"], result["wins"]) == (1.0, 10)
+    assert result["interval"] == [pytest.approx(0.7225, abs=1e-4), pytest.approx(1.0)]
+
+
+def test_the_same_policy_does_not_write_again_for_the_prompts_of_the_blind_test(store):
+    wrote: list[str] = []
+
+    def better(prompt: str, count: int, progress: Callable[[float], None]) -> list[str]:
+        wrote.append(prompt)
+        return [f"better number {len(wrote)}"]
+
+    for prompts in (["p1"], ["p1", "p2"]):  # the second time is a restart with one prompt more
+        station = Station(store, "ann", authors=authors(echo, better))
+        station.ask(prompts, blind=True)
+        settled(station.writer)
+        station.close()
+    assert wrote == ["p1", "p2"]
+    assert len(store.pairs()) == 2
+    assert store.count_prompts("written", True) == 2
 
 
 def test_a_blind_test_without_a_policy_says_what_is_missing(store):

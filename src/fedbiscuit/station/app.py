@@ -171,7 +171,7 @@ def _add_comparing(app: FastAPI, station: Station, render: Renderer) -> None:
         seconds: Field = "",
     ) -> Response:
         page, took = _page(blind), _seconds(seconds)
-        with station.store.all_or_nothing():  # of two clicks at once the second one sees the first
+        with station.store.all_or_nothing():  # of two clicks at once, the one that is told "kept" is the one that is
             try:
                 open_now = station.store.presentation(token)
             except DataError:

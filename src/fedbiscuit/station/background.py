@@ -13,11 +13,10 @@ __all__ = ["Background"]
 class Background:
     """A thread that calls ``work`` after each nudge, and again while it returns True. What it raises is ``error``, a sentence.
 
-    ``pause``: seconds that it waits for more nudges before, so that many together are one.
-    """
-
     def __init__(self, name: str, work: Callable[[], bool], pause: float = 0.0) -> None:
+        """pause: begin when so many seconds have passed without a nudge, or when somebody waits (``settle``)."""
         self._work, self._pause = work, pause
+        self._awaited = 0
         self._news = threading.Condition()
         self._asked, self._done = 0, 0
         self.stopping = threading.Event()
@@ -34,7 +33,8 @@ class Background:
     def settle(self, seconds: float = 60.0) -> bool:
         """Wait until all that was asked for so far is done; False if it takes longer."""
         with self._news:
-            asked = self._asked
+            asked = self._awaited = self._asked
+            self._news.notify_all()
             return self._news.wait_for(lambda: self._done >= asked or self.stopping.is_set(), seconds)
 
     def close(self) -> None:
@@ -44,13 +44,24 @@ class Background:
             self._news.notify_all()
         self._thread.join()
 
+    def _wait_for_quiet(self) -> int:
+        """How many nudges there are when none has come for a pause, or somebody waits for one that is not done."""
+
+        def hurried() -> bool:
+            return self._awaited > self._done or self.stopping.is_set()
+
+        while self._pause and not hurried():
+            before = self._asked
+            self._news.wait_for(lambda seen=before: hurried() or self._asked > seen, self._pause)  # type: ignore[misc]
+            if self._asked == before:
+                break
+        return self._asked
+
     def _run(self) -> None:
         while not self.stopping.is_set():
             with self._news:
                 self._news.wait_for(lambda: self._asked > self._done or self.stopping.is_set())
-            self.stopping.wait(self._pause)
-            with self._news:
-                asked = self._asked
+                asked = self._wait_for_quiet()
             try:
                 while not self.stopping.is_set() and self._work():
                     pass

@@ -53,6 +53,14 @@ CREATE INDEX of_pair ON presentations (pair);
 CREATE TRIGGER append_only BEFORE UPDATE ON history BEGIN SELECT RAISE(ABORT, 'history is append-only'); END;
 """
 
+# Also made in a store that was there before: any version reads and writes beside them.
+INDEXES = """
+CREATE INDEX IF NOT EXISTS history_token ON history (token);
+CREATE INDEX IF NOT EXISTS presentations_pair ON presentations (pair);
+CREATE INDEX IF NOT EXISTS pairs_without_texts ON pairs (blind, number, id, source_a);
+CREATE INDEX IF NOT EXISTS pairs_alike ON pairs (number) WHERE output_a = output_b;
+"""
+
 
 def private_folder(folder: Path) -> None:
     """The folder, for its owner alone. One that holds other things is not closed without being asked."""
@@ -110,13 +118,19 @@ def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> No
             raise IntegrityError(
                 f"{path}: a database, but none of the station's; move it away, or name another --folder"
             )
-        for statement in SCHEMA.split(";\n"):
-            if statement.strip():
-                connection.execute(statement)
+        _execute(connection, SCHEMA)
         drawn = secrets.randbits(62) if seed is None else seed
         connection.execute("INSERT INTO facts VALUES ('seed', ?)", (str(drawn),))
         connection.execute(f"PRAGMA user_version = {VERSION}")
+    _execute(connection, INDEXES)
     connection.execute("COMMIT")
+
+
+def _execute(connection: sqlite3.Connection, statements: str) -> None:
+    """In the transaction that is open, which ``executescript`` would end."""
+    for statement in statements.split(";\n"):
+        if statement.strip():
+            connection.execute(statement)
 
 
 def fault_of(error: sqlite3.Error, path: Path) -> EnvironmentFault | IntegrityError:

@@ -25,6 +25,7 @@ __all__ = [
     "next_showing",
     "present",
     "progress",
+    "share",
 ]
 
 APART = 4
@@ -199,6 +200,15 @@ def consistency(events: Sequence[Event]) -> Consistency:
         both_first=sum(both[0].first_preferred is True for both in other),
         both_second=sum(both[0].first_preferred is False for both in other),
     )
+
+
+def share(part: float, whole: int, z: float = 1.959964) -> tuple[float, float, float] | None:
+    """A share with its 95% interval (Wilson's, which also means something for 3 of 3); None of nothing. A tie may be half."""
+    if not whole:
+        return None
+    p, spread = part / whole, z * z / whole
+    middle, half = p + spread / 2, z * math.sqrt((p * (1 - p) + spread / 4) / whole)
+    return p, max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def disagreement(probabilities: Sequence[float]) -> float:

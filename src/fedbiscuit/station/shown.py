@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from markupsafe import Markup, escape
 from fedbiscuit.data.visible import pieces
 from fedbiscuit.station.looking import RoundAccuracy
 from fedbiscuit.station.nouns import Event, Pair, Presentation
-from fedbiscuit.station.queue import Progress
+from fedbiscuit.station.queue import Progress, share
 from fedbiscuit.station.store import Store
 from fedbiscuit.station.writing import Writing
 
@@ -107,15 +106,6 @@ def writing_line(writing: Writing) -> str:
 def percent(share: float | None) -> str:
     """``0.784`` as ``78%``."""
     return "–" if share is None else f"{100 * share:.0f}%"
-
-
-def share(part: float, whole: int, z: float = 1.959964) -> tuple[float, float, float] | None:
-    """A share with its 95% interval (Wilson's, which also means something for 3 of 3); None of nothing."""
-    if not whole:
-        return None
-    p, spread = part / whole, z * z / whole
-    middle, half = p + spread / 2, z * math.sqrt((p * (1 - p) + spread / 4) / whole)
-    return p, max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def count(number: int, noun: str) -> str:

@@ -22,9 +22,12 @@ T = TypeVar("T")
 MIRROR_PAUSE = 1.0
 """Seconds: the whole file is written anew, some megabytes after thousands of judgements."""
 
+MIRROR_SECONDS = 2.0
+"""``comparisons.jsonl`` is written anew, whole, when nothing has changed for so long, and not at each click."""
+
 
 class Station:
-    """One person at one store. After every change the writer knows, and ``comparisons.jsonl`` follows in a moment. Thread-safe.
+    """One person at one store. After every change the writer knows, and ``comparisons.jsonl`` follows soon. Thread-safe.
 
     What is deleted is gone from both when the call returns.
     """
@@ -48,7 +51,7 @@ class Station:
         self._closed = False
         exchange.sweep(store)
         exchange.refresh(store)  # a crash may have come between the two
-        self._mirror = Background("comparisons.jsonl", self._refresh, MIRROR_PAUSE)
+        self._mirror = Background("comparisons.jsonl", self._refresh, MIRROR_SECONDS)
         self.writer = Writer(store, person, authors) if authors is not None else None
         self._scorer = Scorer(store, self.asking.selectors, readers) if readers is not None else None
 

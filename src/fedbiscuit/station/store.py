@@ -108,6 +108,13 @@ class Store:
             _insert_pair(db, pair)
         return True
 
+    def tested_before(self, prompt: Prompt, raw: str, aligned: str) -> bool:
+        """Whether these two have written for this prompt of the blind test; it then waits no more."""
+        pair = "SELECT 1 FROM pairs WHERE blind AND prompt = text AND (source_a, source_b) = (?, ?)"
+        query = f"UPDATE prompts SET state = 'written', error = '' WHERE id = ? AND blind AND EXISTS ({pair})"
+        with self._transaction() as db:
+            return bool(db.execute(query, (prompt.id, raw, aligned)).rowcount)
+
     def failed(self, prompt: Prompt, error: str) -> None:
         """Note that answers to a prompt could not be written, and why."""
         with self._transaction() as db:
@@ -186,9 +193,8 @@ class Store:
         return self._presentation(rows[0])
 
     def is_answered(self, token: str) -> bool:
-        """Whether what was shown under a token has its answer, also one that was taken back since."""
-        query = "SELECT EXISTS (SELECT 1 FROM history WHERE token = ? AND kind IN ('judged', 'skipped'))"
-        return bool(self._one(query, token)[0])
+        """Whether what was shown under a token has been judged or skipped, also if that was taken back since."""
+        return bool(self._all("SELECT 1 FROM history WHERE token = ? AND kind IN ('judged', 'skipped')", token))
 
     def show(self, person: str, pair: str, showing: int, swapped: bool) -> Presentation:
         """Note that a pair is shown. The same (person, pair, showing) has one token until it is undone."""
@@ -382,7 +388,7 @@ class Store:
 
 
 _PAIR = "id, prompt, output_a, output_b, source_a, source_b, blind"
-_ASKED = "blind = ? AND output_a != output_b"
+_ASKED = "blind = ? AND number NOT IN (SELECT number FROM pairs WHERE output_a = output_b)"  # reads no texts
 _PRESENTATION = "s.token, s.person, s.pair, s.showing, s.swapped"
 _SAID = "kind, token, choice, seconds, reason, time"
 _STANDS = (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedbiscuit.config import GenerationSettings, ModelSettings, load_config
 from fedbiscuit.station.background import Background
 from fedbiscuit.station.nouns import Pair, Prompt
+from fedbiscuit.station.queue import share
 from fedbiscuit.station.store import Store
 from fedbiscuit.types import DataError
 
@@ -73,6 +74,7 @@ class Writer:
         self._authors: Authors | None = None
         self._state: Literal["idle", "loading", "writing"] = "idle"
         self._share = 0.0
+        self._unloaded: tuple[Exception, frozenset[int]] | None = None  # why, and the prompts that waited then
         self._thread = Background("writer", self._write_next)
         self._thread.nudge()
 
@@ -83,6 +85,7 @@ class Writer:
     def retry(self) -> None:
         """Try again what failed."""
         self._store.retry()
+        self._unloaded = None
         self._thread.nudge()
 
     def settle(self, seconds: float = 60.0) -> bool:
@@ -116,11 +119,14 @@ class Writer:
         """Write one pair; whether there may be more. What the loading of a model raises is the thread's error."""
         prompt = self._next()
         try:
-            if prompt is not None and self._authors is None:
-                self._state = "loading"
-                self._authors = self._load()
-            if prompt is None or self._authors is None:
+            if prompt is None:
                 return False
+            if self._authors is None:
+                self._authors = self._loaded()
+            if prompt.blind and self._authors.blind is not None:
+                raw, aligned = self._authors.blind
+                if self._store.tested_before(prompt, raw.name, aligned.name):
+                    return True
             self._state, self._share = "writing", 0.0
             self._store.answered(prompt, _pair_by(self._authors, prompt, self._progress))
         except _StoppedError:
@@ -132,6 +138,20 @@ class Writer:
         finally:
             self._state = "idle"
         return True
+
+    def _loaded(self) -> Authors:
+        """What could not be loaded is tried again for a new prompt, or when asked to, but not after each judgement."""
+        waiting = frozenset(prompt.id for prompt in self._store.prompts("waiting"))
+        if self._unloaded is not None and waiting <= self._unloaded[1]:
+            raise self._unloaded[0]
+        self._state = "loading"
+        try:
+            authors = self._load()
+        except Exception as error:
+            self._unloaded = (error, waiting)
+            raise
+        self._unloaded = None
+        return authors
 
     def _progress(self, share: float) -> None:
         if self._thread.stopping.is_set():
@@ -222,14 +242,11 @@ def _author(name: str, lm: LM, how: GenerationSettings, aligned: bool) -> Author
 
 
 def blind_result(store: Store, person: str) -> dict[str, Any] | None:
-    """This person's own verdict on the policy that was tested last: ``name``, its ``win_rate``, its 95% ``interval``, ``wins``,
-    ``losses``, ``ties``; ``alike``: how many of the ties were the same text, which nobody was asked about.
+    """This person's own verdict on the policy that was tested last: ``name``, its ``win_rate`` with its 95% ``interval``
+    (Wilson's), ``wins``, ``losses``, ``ties``; ``alike``: how many of the ties were the same text, which nobody was asked about.
 
     None before the first judgement of it.
     """
-    from fedbiscuit.evaluation.winrate import win_rate
-    from fedbiscuit.station.shown import share
-
     tested = [pair for pair in store.pairs() if pair.blind]
     if not tested:
         return None
@@ -244,6 +261,14 @@ def blind_result(store: Store, person: str) -> dict[str, Any] | None:
         return None
     alike = sum(pair.output_a == pair.output_b for pair in mine.values())
     points = [*said.values(), *[0.5] * alike]
-    found = win_rate(authors[1], points, (store.seed, "blind test", person))
-    shared = share(sum(points), len(points))  # resampling would give 3 of 3 an interval without a width
-    return found | {"interval": list(shared[1:]) if shared else None, "alike": alike}
+    found = share(sum(points), len(points))
+    assert found is not None
+    return {
+        "name": authors[1],
+        "win_rate": found[0],
+        "interval": list(found[1:]),
+        "wins": points.count(1.0),
+        "losses": points.count(0.0),
+        "ties": points.count(0.5),
+        "alike": alike,
+    }
