@@ -38,4 +38,4 @@ def _serve(grid: Grid, context: Context) -> None:
     """Train the selectors of the job that the run's config names (``pipeline/remote.py``)."""
     from fedbiscuit.pipeline.remote import train_remotely
 
-    train_remotely(grid, Path(str(context.run_config["job"])))
+    train_remotely(grid, Path(str(context.run_config["job"])), context.run_id)

@@ -198,19 +198,23 @@ def test_a_job_says_how_it_has_ended_and_with_which_exit_code(tmp_path, tiny_mod
     }
     job |= {
         "timeout": 60.0,
-        "names": {"1": ["person-0", "person-3"], "9": ["eve"]},
-        "sites": {"9": "site-e"},
-        "only_named": True,
+        "registered": str(tmp_path / "sites.json"),
     }
+    sites_file = {
+        "1": {"key": "site-a", "clients": ["person-0", "person-3"]},
+        "9": {"key": "site-e", "clients": ["eve"]},
+    }
+    (tmp_path / "sites.json").write_text(json.dumps(sites_file))
     (tmp_path / "job").write_text(json.dumps(job))
     monkeypatch.chdir(tmp_path)
-    train_remotely(DictGrid(nodes), tmp_path / "job")
-    assert json.loads((tmp_path / "ended").read_text()) == {"error": "", "exit_code": 0}
-    row = lines(tmp_path / "runs" / "job" / "metrics.jsonl")[0]
+    train_remotely(DictGrid(nodes), tmp_path / "job", 7)
+    assert json.loads((tmp_path / "ended").read_text()) == {"error": "", "exit_code": 0, "run": "7"}
+    (row,) = map(json.loads, (tmp_path / "runs" / "job" / "metrics.jsonl").read_text().splitlines())
     assert row["cohort"] == ["person-0", "person-3"]
-    assert row["away"] == {"site-e": "it is not connected"}
+    assert row["away"]["site-e"] == "it is not connected"
+    assert "registered for no site, or for another" in row["away"].values()
     with pytest.raises(ConfigError):
-        train_remotely(DictGrid(nodes), tmp_path / "job")
+        train_remotely(DictGrid(nodes), tmp_path / "job", 7)
     ended = json.loads((tmp_path / "ended").read_text())
     assert ended["exit_code"] == 2
     assert "--resume" in ended["error"]

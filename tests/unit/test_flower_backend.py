@@ -43,10 +43,12 @@ def worker(tmp_path: Path, echo: Echo, rules: Rules | None = None, model: str = 
     return Worker(lambda terms: part, rules or Rules(), tmp_path / f"{echo.names[0]}.jsonl")
 
 
-def backend(grid, timeout: float = 0.3, names=None, said=None, sites=None, least: int = 1):
+def backend(grid, timeout: float = 0.3, registered=None, said=None, least: int = 1):
+    """``registered``: a table, looked at whenever the nodes are asked."""
     from fedbiscuit.backends.flower import FlowerBackend
 
-    return FlowerBackend(grid, "run", "terms", timeout, names, (said if said is not None else []).append, sites, least)
+    known = None if registered is None else lambda: registered
+    return FlowerBackend(grid, "run", "terms", timeout, known, (said if said is not None else []).append, least)
 
 
 @pytest.fixture
@@ -179,25 +181,42 @@ def test_replies_for_clients_of_another_node_are_dropped(tmp_path):
 def test_fault_79_a_name_that_two_nodes_offer_or_that_is_registered_for_another_is_not_asked(tmp_path):
     said: list[str] = []
     grid = DictGrid({1: worker(tmp_path, Echo("ann", "bo")).answer, 2: worker(tmp_path, Echo("bo", "cy")).answer})
-    assert backend(grid, said=said).clients() == ["ann", "cy"]
-    assert "'bo' is offered by 2 nodes (node 1 and node 2)" in said[0]
-    said.clear()
-    bound = backend(grid, names={1: ["ann", "bo"], 2: ["cy"]}, said=said)
+    there = backend(grid, said=said)
+    assert there.clients() == ["ann", "cy"]
+    assert there.away == {"bo": "node 1 and node 2 both offer this name"}
+    assert said == ["bo took no part: node 1 and node 2 both offer this name"]
+    bound = backend(grid, registered={1: ("site-a", ["ann", "bo"]), 2: ("site-b", ["cy"])})
     assert bound.clients() == ["ann", "bo", "cy"]
-    assert said == ["node 2 offers 'bo', a name that is not registered for it; it is not asked"]
+    assert bound.away == {"bo of site-b": "registered for no site, or for another"}
+
+
+def test_a_site_that_is_registered_during_a_run_takes_part_from_the_next_look_on(tmp_path):
+    grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer})
+    registered = {1: ("site-a", ["ann"])}
+    there = backend(grid, registered=registered)
+    assert there.clients() == ["ann"]
+    grid.nodes[2] = worker(tmp_path, Echo("bo", "eve")).answer
+    registered[2] = ("site-b", ["bo"])
+    assert there.clients() == ["ann", "bo"]
+    assert there.away == {"eve of site-b": "registered for no site, or for another"}
+    del registered[2]
+    assert there.clients() == ["ann"], "one that is registered no more is not asked"
 
 
 def test_a_site_may_refuse_the_run_and_is_then_named_with_its_reason(tmp_path):
     said: list[str] = []
     grid = DictGrid({1: worker(tmp_path, Echo("ann"), Rules(models=("other",))).answer})
     assert backend(grid, said=said).clients() == []
-    assert "node 1 takes no part: this site does not permit the base model of this run" in said[0]
+    assert "node 1 took no part: this site does not permit the base model of this run" in said[0]
 
 
 def test_fault_79_a_key_that_answers_for_more_clients_than_it_was_registered_for_gets_no_more_seats(tmp_path):
     many = [f"sybil-{i}" for i in range(50)]
     grid = DictGrid({1: worker(tmp_path, Echo("ann", *many)).answer, 2: worker(tmp_path, Echo("bo")).answer})
-    assert backend(grid, names={1: ["ann"], 2: ["bo"]}).clients() == ["ann", "bo"]
+    there = backend(grid, registered={1: ("site-a", ["ann"]), 2: ("site-b", ["bo"])})
+    assert there.clients() == ["ann", "bo"]
+    named = "sybil-0, sybil-1, sybil-10, sybil-11, sybil-12 and 45 more of site-a"
+    assert there.away == {named: "registered for no site, or for another"}
 
 
 def test_fault_80_82_a_node_that_comes_back_is_asked_again_and_what_was_lost_with_it_is_not_waited_for(
@@ -256,9 +275,80 @@ def test_a_message_that_superlink_does_not_take_is_a_failed_reply_and_not_the_en
     there = backend(grid)
     there.clients()
     grid.push_messages = lambda messages: [None]
-    assert there.run([training("ann", ADAPTERS)])[0].error == "no answer within 0.3 seconds"
+    assert there.run([training("ann", ADAPTERS)])[0].error == "SuperLink did not take the message; its log says why"
     grid.push_messages = lambda messages: []
     assert not there.run([training("ann", ADAPTERS)])[0].ok
+
+
+def gone(asked: str):
+    """What SuperLink says of a message to a node that it has not heard of for a while."""
+    from types import SimpleNamespace
+
+    error = SimpleNamespace(reason="gone", code=5)
+    meta = SimpleNamespace(reply_to_message_id=asked)
+    return SimpleNamespace(metadata=meta, content=None, has_error=lambda: True, error=error)
+
+
+def test_fault_80_a_node_that_superlink_calls_gone_is_asked_again_if_it_comes_back_while_others_work(tmp_path, hurried):
+    ann, bo = worker(tmp_path, Echo("ann")), worker(tmp_path, Echo("bo"))
+    grid = DictGrid({1: ann.answer, 2: bo.answer}, since={1: "9:00", 2: "9:00"})
+    there = backend(grid, timeout=20.0)
+    there.clients()
+    orders = {}
+
+    def dies(data: bytes) -> None:
+        asked = f"id-{len(grid.seen)}"
+        grid.waiting[asked] = gone(asked)
+        grid.nodes[1] = comes_back
+
+    def comes_back(data: bytes) -> bytes:
+        asked, order = orders.pop("bo")
+        from fedbiscuit.backends.flower_messages import record_of
+
+        reply = gone(asked)
+        reply.has_error, reply.content = (lambda: False), record_of(bo.answer(order))
+        grid.waiting[asked] = reply  # the other one is done only now
+        return ann.answer(data)
+
+    def works(data: bytes) -> None:
+        orders["bo"] = (f"id-{len(grid.seen)}", data)
+
+    pull = grid.pull_messages
+
+    def pulled(ids):
+        came = pull(ids)
+        if any(message.has_error() for message in came):
+            grid.since[1] = "9:02"
+        return came
+
+    grid.nodes, grid.pull_messages = {1: dies, 2: works}, pulled
+    replies = there.run([training("ann", ADAPTERS), training("bo", ADAPTERS)])
+    assert [(reply.client, reply.ok) for reply in replies] == [("ann", True), ("bo", True)]
+
+    grid.nodes[2], grid.nodes[1] = bo.answer, dies
+    grid.pull_messages = pull
+    by = {reply.client: reply for reply in there.run([training("ann", ADAPTERS), training("bo", ADAPTERS)])}
+    assert by["bo"].ok
+    assert by["ann"].error == "Flower could not deliver: gone (code 5)", "nobody waits 20 seconds for it alone"
+
+
+def test_a_site_that_refuses_is_asked_once_while_others_are_waited_for_and_again_when_it_was_started_again(
+    tmp_path, hurried
+):
+    refuses = worker(tmp_path, Echo("bo"), Rules(models=("other",)))
+    grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer, 2: refuses.answer}, since={2: "9:00"})
+    looks = []
+
+    def look(ids=grid.get_node_ids):
+        looks.append(len([node for node, _ in grid.seen if node == 2]))
+        if len(looks) == 4:  # its administrator has mended the rules
+            grid.nodes[2], grid.since[2] = worker(tmp_path, Echo("bo")).answer, "9:05"
+        return ids()
+
+    grid.get_node_ids = look
+    assert backend(grid, least=2, timeout=20.0).clients() == ["ann", "bo"]
+    assert looks == [0, 1, 1, 1]
+    assert len([node for node, _ in grid.seen if node == 1]) == 1
 
 
 def test_fault_80_sites_are_waited_for_until_enough_clients_are_there_but_not_for_ever(tmp_path, hurried):
@@ -296,9 +386,11 @@ def test_sites_that_take_no_part_are_named_as_their_keys_are_with_the_reason(tmp
     grid = DictGrid(
         {1: worker(tmp_path, Echo("ann")).answer, 2: worker(tmp_path, Echo("bo"), Rules(models=("x",))).answer}
     )
-    names = {1: ["ann"], 2: ["bo"], 3: ["cy"]}
-    there = backend(grid, names=names, said=said, sites={1: "site-a", 2: "site-b", 3: "site-c"})
+    registered = {1: ("site-a", ["ann"]), 2: ("site-b", ["bo"]), 3: ("site-c", ["cy"])}
+    there = backend(grid, registered=registered, said=said)
     assert there.clients() == ["ann"]
     assert there.away["site-c"] == "it is not connected"
     assert there.away["site-b"].startswith("this site does not permit the base model of this run")
-    assert said == [f"site-b takes no part: {there.away['site-b']}"]
+    assert said == [f"{site} took no part: {there.away[site]}" for site in ("site-c", "site-b")]
+    assert there.clients() == ["ann"]
+    assert len(said) == 2, "what has been said is not said again"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from fedbiscuit.config import Config, dump_config
 from fedbiscuit.deployment import running
 from fedbiscuit.deployment.server import Deploy, init
 from fedbiscuit.rundir import RunDir
+from fedbiscuit.rundir.folder import LOCK
 from fedbiscuit.types import ConfigError, EnvironmentFault, FederationError, IntegrityError
 
 
@@ -43,10 +46,19 @@ def world(tmp_path) -> SimpleNamespace:
     cfg = Config(name="one", runs_dir=str(tmp_path / "runs"))
     jobs = deploy.folder / "jobs"
     jobs.mkdir()
-    (jobs / "one.number").write_text("5")
+    made = SimpleNamespace(deploy=deploy, cfg=cfg, jobs=jobs, run=tmp_path / "runs" / "one")
+    was_begun(made, "one")
     (jobs / "one.yaml").write_text(dump_config(cfg))
-    (jobs / "one.json").write_text(json.dumps({"folder": str(tmp_path)}))
-    return SimpleNamespace(deploy=deploy, cfg=cfg, jobs=jobs, run=tmp_path / "runs" / "one")
+    return made
+
+
+def was_begun(world: SimpleNamespace, name: str) -> None:
+    """The files of a run that was begun long ago."""
+    asked = {"run": str(world.run.parent / name), "timeout": 60.0}
+    (world.jobs / f"{name}.json").write_text(json.dumps(asked))
+    (world.jobs / f"{name}.number").write_text("5")
+    for end in ("json", "number"):
+        os.utime(world.jobs / f"{name}.{end}", (1000, 1000))
 
 
 def train(world: SimpleNamespace, resume: bool = True, timeout: float = 0.1) -> list[str]:
@@ -57,8 +69,8 @@ def train(world: SimpleNamespace, resume: bool = True, timeout: float = 0.1) -> 
     return notes
 
 
-def says_that_it_has_ended(world: SimpleNamespace, error: str = "", exit_code: int = 0) -> None:
-    (world.jobs / "one.ended.json").write_text(json.dumps({"error": error, "exit_code": exit_code}))
+def says_that_it_has_ended(world: SimpleNamespace, error: str = "", exit_code: int = 0, run: str = "7") -> None:
+    (world.jobs / "one.ended.json").write_text(json.dumps({"error": error, "exit_code": exit_code, "run": run}))
 
 
 def test_fault_83_a_server_that_does_not_answer_is_waited_for_so_long_and_no_longer(world, link, caplog, monkeypatch):
@@ -96,8 +108,90 @@ def test_an_error_of_the_server_app_is_the_commands_own(world, link, monkeypatch
     monkeypatch.setattr(
         running, "_submit", lambda *rest: says_that_it_has_ended(world, "so it is", kind.exit_code) or "7"
     )
-    with pytest.raises(kind, match="so it is\ngo on with --resume"):
+    with pytest.raises(kind) as caught:
         train(world)
+    resumable = kind in (EnvironmentFault, FederationError)
+    assert str(caught.value) == ("so it is\ngo on with --resume" if resumable else "so it is")
+
+
+def test_a_next_step_that_an_error_names_is_not_named_twice(world, link, monkeypatch):
+    told = "mend them and go on with --resume"
+    monkeypatch.setattr(running, "_submit", lambda *rest: says_that_it_has_ended(world, told, 4) or "7")
+    with pytest.raises(FederationError) as caught:
+        train(world)
+    assert str(caught.value) == told
+
+
+def test_the_ending_of_another_run_is_not_taken_for_this_ones(world, link, monkeypatch):
+    monkeypatch.setattr(running, "_submit", lambda *rest: says_that_it_has_ended(world, "in use", 3, run="6") or "7")
+    monkeypatch.setattr(running, "_log_of", lambda deploy, number: "its last words")
+    link.status = "finished:completed"
+    with pytest.raises(FederationError, match="its last words"):
+        train(world, timeout=30)
+
+
+def test_fault_83_a_run_that_loads_its_model_yet_is_under_way_too(world, link):
+    world.run.mkdir(parents=True)
+    (world.run / LOCK).touch()
+    os.utime(world.run / LOCK, (500, 500))  # left by the run before
+    (world.jobs / "one.number").touch()
+    for link.status in ("pending", "starting", "running"):
+        with pytest.raises(EnvironmentFault, match="run one is under way"):
+            train(world, resume=False)
+    assert {words[0] for words in link.asked} == {"list"}
+
+
+def test_a_run_is_looked_for_where_it_was_begun_and_not_where_this_command_is(world, link, tmp_path):
+    cfg = world.cfg.model_copy(update={"runs_dir": str(tmp_path / "elsewhere")})
+    with RunDir.open(world.run, resume=False), pytest.raises(ConfigError, match="in the folder that it was begun in"):
+        train(SimpleNamespace(**{**vars(world), "cfg": cfg}), resume=False)
+    assert link.asked == [], "it was not stopped"
+
+
+def test_two_runs_on_one_server_would_spoil_each_other_so_the_second_is_refused(world, link, tmp_path):
+    was_begun(world, "other")
+    told = "run other is under way on this server"
+    with RunDir.open(tmp_path / "runs" / "other", resume=False), pytest.raises(EnvironmentFault, match=told):
+        train(world)
+    assert not any(words[0] == "run" for words in link.asked)
+    link.status = "finished:failed"
+    with pytest.raises(FederationError, match="the run ended as"):
+        train(world)
+
+
+def test_nothing_of_the_run_before_is_left_when_another_is_submitted(world, link, monkeypatch):
+    def fails(deploy: Deploy, *words: str) -> dict[str, object]:
+        return {"success": False, "error-message": "no room"}
+
+    says_that_it_has_ended(world, run="5")
+    monkeypatch.setattr(running, "ask", fails)
+    with pytest.raises(FederationError, match="no room"):
+        train(world)
+    assert sorted(path.name for path in world.jobs.iterdir()) == ["one.json", "one.yaml"]
+
+
+def test_a_log_that_flower_does_not_tell_in_time_is_named(world, monkeypatch):
+    def hangs(*words, **options):
+        raise subprocess.TimeoutExpired("flwr", 60)
+
+    monkeypatch.setattr(running.subprocess, "run", hangs)
+    assert str(world.deploy.folder / "superexec.log") in running._log_of(world.deploy, "7")
+
+
+def test_rounds_are_read_once_and_a_file_that_was_cut_is_read_from_its_next_line_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert running._rounds(path, 0) == ([], 0)
+    path.write_bytes(b'{"round": 0}\n{"rou')
+    assert running._rounds(path, 0) == ([{"round": 0}], 13)
+    path.write_bytes(b'{"round": 0}\n{"round": 1}\n')
+    assert running._rounds(path, 13) == ([{"round": 1}], 26)
+    assert running._rounds(path, 26) == ([], 26)
+    path.write_bytes(b'{"round": 0}\n')
+    assert running._rounds(path, 26) == ([], 13)
+    path.write_bytes(b'{"round": 0, "more": 1}\n{"round": 1}\n')
+    assert running._rounds(path, 13) == ([{"round": 1}], 37)
+    path.write_bytes(b'{"round": 0, "more": 1}\n{"half')
+    assert running._rounds(path, 13) == ([], 24)
 
 
 def test_fault_83_a_run_whose_command_was_killed_is_followed_and_not_begun_again(world, link, caplog):
@@ -126,6 +220,9 @@ def test_a_run_under_way_is_found_also_from_another_folder_than_the_one_that_it_
 def test_a_run_that_is_left_over_is_stopped_before_the_next_begins(world, link, monkeypatch):
     original = running._submit
     monkeypatch.setattr(running, "_submit", lambda *rest: (original(*rest), says_that_it_has_ended(world))[0])
+    world.run.mkdir(parents=True)
+    (world.run / LOCK).touch()  # it had begun: nobody waits for a process that has died
+    (world.jobs / "one.number").touch()
     assert train(world) == []
     assert [words[0] for words in link.asked] == ["stop", "run"]
     assert (world.jobs / "one.number").read_text() == "7"

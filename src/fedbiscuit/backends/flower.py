@@ -29,26 +29,32 @@ MESSAGE_BYTES = 2**27
 sent twice as much at once, as it does where its database is locked for more than five seconds.
 """
 
+NODE_UNAVAILABLE = 5
+"""Flower's code for a node that has not been heard of for a while."""
+NAMED = 5
+"""Names in a reason; more are counted."""
+
 Said = Callable[[str], None]
+Registered = Callable[[], Mapping[int, tuple[str, Sequence[str]]]]
+"""What each registered node is called and which clients it may have, as it stands now."""
 
 
 class FlowerBackend:
     """Carries tasks to the clients of all connected nodes.
 
     ``run`` and ``terms`` go with every order. ``timeout``: seconds for one exchange, and for ``least`` clients to be there.
-    ``names``: which clients a node may have, by node id; None where nodes have no keys, and may name any. ``sites``: what
-    nodes are called. ``bytes_down`` and ``bytes_up`` count what was really sent.
+    ``registered`` is asked whenever the nodes are, so a site may be registered during a run; None where nodes have no keys, and
+    may name any client. ``bytes_down`` and ``bytes_up`` count what was really sent.
     """
 
     at_once = 0
 
     def __init__(
-        self, grid: Grid, run: str, terms: str, timeout: float, names: Mapping[int, Sequence[str]] | None = None,
-        say: Said = lambda text: None, sites: Mapping[int, str] | None = None, least: int = 1,
+        self, grid: Grid, run: str, terms: str, timeout: float, registered: Registered | None = None,
+        say: Said = lambda text: None, least: int = 1,
     ):  # fmt: skip
         self._grid, self._run, self._terms, self._timeout, self._least = grid, run, terms, timeout, least
-        self._names = None if names is None else dict(names)
-        self._sites = dict(sites or {})
+        self._registered, self._sites = registered, dict[int, tuple[str, Sequence[str]]]()
         self._say = say
         self._node_of: dict[ClientId, int] = {}
         self._holds: dict[int, set[str]] = {}
@@ -59,12 +65,16 @@ class FlowerBackend:
     def clients(self) -> list[ClientId]:
         """The clients of all nodes that answer now. Of a name that two nodes have, neither is asked.
 
-        Where fewer than ``least`` are there, more are waited for, within the time.
+        Where fewer than ``least`` are there, more are waited for, within the time. A site that has refused is asked again
+        only when it has been started again.
         """
         deadline, answers, is_waiting = time.monotonic() + self._timeout, dict[int, Answer](), False
+        since: dict[int, str] = {}
         while True:
-            nodes = sorted(self._grid.get_node_ids())
-            asked = [node for node in nodes if node not in answers or answers[node].error]
+            nodes, now = sorted(self._grid.get_node_ids()), self._activations()
+            settled = {node for node, answer in answers.items() if answer.order or not answer.error}
+            asked = [node for node in nodes if node not in settled or now.get(node) != since.get(node)]
+            since |= now
             answers |= self._exchange({node: Order(self._run, self._terms) for node in asked}, deadline)
             found = self._owned({node: answers[node] for node in nodes})
             if len(found) >= self._least or time.monotonic() + LOOK_EVERY >= deadline:
@@ -77,23 +87,28 @@ class FlowerBackend:
     def _owned(self, answers: Mapping[int, Answer]) -> list[ClientId]:
         """Whose clients are whose, by what the nodes that are there have answered, and which sites are away."""
         owners: dict[ClientId, list[int]] = {}
-        away = {self._called(node): "it is not connected" for node in self._names or {} if node not in answers}
+        self._sites = dict(self._registered()) if self._registered else {}
+        away = {self._called(node): "it is not connected" for node in self._sites if node not in answers}
         for node, answer in sorted(answers.items()):
             if answer.error:
                 away[self._called(node)] = answer.error
-                self._say(f"{self._called(node)} takes no part: {answer.error}")
-            for client in self._permitted(node, answer.clients):
+            permitted = set(answer.clients if self._registered is None else self._sites.get(node, ("", ()))[1])
+            for client in set(answer.clients) & permitted:
                 owners.setdefault(client, []).append(node)
-        for client, found in owners.items():
+            if strange := sorted(set(answer.clients) - permitted):
+                away[f"{_some(strange)} of {self._called(node)}"] = "registered for no site, or for another"
+        for client, found in sorted(owners.items()):
             if len(found) > 1:
-                both = " and ".join(self._called(node) for node in found[:2])
-                self._say(f"client {client!r} is offered by {len(found)} nodes ({both}), so nobody asks it")
+                away[client] = f"{' and '.join(self._called(node) for node in found[:2])} both offer this name"
         self._node_of = {client: found[0] for client, found in owners.items() if len(found) == 1}
+        for who, why in away.items():
+            if self.away.get(who) != why:
+                self._say(f"{who} took no part: {why}")
         self.away = away
         return sorted(self._node_of)
 
     def _called(self, node: int) -> str:
-        return self._sites.get(node, f"node {node}")
+        return self._sites[node][0] if node in self._sites else f"node {node}"
 
     def run(self, tasks: Sequence[Task]) -> list[Reply]:
         """One reply a task. A node that does not answer is a failed reply of each of its clients.
@@ -173,19 +188,11 @@ class FlowerBackend:
         named = [replace(reply, client=reply.client or whose[i]) for i, reply in enumerate(answer.replies)]
         return [reply for reply in named if self._node_of.get(reply.client) == node]
 
-    def _permitted(self, node: int, clients: Sequence[str]) -> list[str]:
-        """The names that a node may offer."""
-        if self._names is None:
-            return list(clients)
-        allowed = self._names.get(node, ())
-        for client in sorted(set(clients) - set(allowed)):
-            self._say(f"{self._called(node)} offers {client!r}, a name that is not registered for it; it is not asked")
-        return [client for client in clients if client in allowed]
-
     def _exchange(self, orders: Mapping[int, Order], deadline: float | None = None) -> dict[int, Answer]:
         """One answer a node, within the time; what a site holds afterwards is remembered.
 
-        A node that has come back since it was asked has lost its order, and is asked again: a worker does no work twice.
+        A node that has come back since it was asked has lost its order, and is asked again: a worker does no work twice. One
+        that Flower calls gone may come back for as long as others are at work; nobody waits for it alone.
         """
         if not orders:
             return {}
@@ -194,6 +201,9 @@ class FlowerBackend:
         packed = {node: pack_order(order) for node, order in orders.items()}
         since = self._activations()
         waiting = self._push(packed, deadline)
+        refused = Answer(error="SuperLink did not take the message; its log says why")
+        answers |= dict.fromkeys(set(orders) - set(waiting.values()), refused)
+        gone: set[int] = set()
         pause, looked = POLL, time.monotonic()
         while waiting:
             came = list(self._grid.pull_messages(list(waiting)))
@@ -202,11 +212,14 @@ class FlowerBackend:
                 if node is None or (message.has_error() and node in waiting.values()):
                     continue
                 answers[node] = self._read(node, orders[node], digest_of(packed[node]), message)
+                gone |= {node} if message.has_error() and message.error.code == NODE_UNAVAILABLE else set()
                 waiting = {asked: other for asked, other in waiting.items() if other != node}
             if waiting and time.monotonic() - looked >= LOOK_EVERY:
                 now, looked = self._activations(), time.monotonic()
-                back = {node for node in waiting.values() if now.get(node, since.get(node)) != since.get(node)}
+                hoped = gone | set(waiting.values())
+                back = {node for node in hoped if now.get(node, since.get(node)) != since.get(node)}
                 since |= now
+                gone -= back
                 waiting |= self._push({node: packed[node] for node in back}, deadline)
             pause = POLL if came else min(pause * 1.3, 10 * POLL)
             if waiting and time.monotonic() >= deadline:
@@ -238,3 +251,8 @@ class FlowerBackend:
             return Answer(error="it answers another order than the one that it was sent")
         self._holds.setdefault(node, set()).update(order.adapters)  # what it lacks, it is sent once more at once
         return answer
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"

@@ -18,7 +18,7 @@ from fedbiscuit.config import Config, dump_config, load_config
 from fedbiscuit.deployment.programs import program
 from fedbiscuit.deployment.registration import sites_of
 from fedbiscuit.deployment.server import Deploy, ask, connection_of, is_healthy, load
-from fedbiscuit.rundir import run_path
+from fedbiscuit.rundir import atomic_write, run_path
 from fedbiscuit.rundir.folder import LOCK
 from fedbiscuit.rundir.lock import is_held
 from fedbiscuit.types import ConfigError, EnvironmentFault, FedbiscuitError, FederationError, IntegrityError
@@ -29,6 +29,14 @@ POLL = 0.3
 """Seconds between two looks at how the run goes, which are cheap."""
 ASK_EVERY = 10.0
 """Seconds between two questions to SuperLink, which are not: each starts a program of Flower."""
+
+UNDER_WAY = ("pending", "starting", "running")
+"""What SuperLink calls a run that has not ended."""
+GOES_ON = (EnvironmentFault.exit_code, FederationError.exit_code)
+"""Exit codes of what may be gone when the run is begun again; the others need another config, or another file."""
+
+SECONDS = 60
+"""What Flower may take to tell a run's log."""
 
 NAMED = 5
 """Clients that a line of the terminal names; metrics.jsonl has all."""
@@ -63,10 +71,25 @@ APP = "from fedbiscuit import flower_app\n\nclient = flower_app.client\nserver =
 class _Job:
     """The files of a run at the server: its settings, what the ServerApp is told, Flower's number of it, and how it has ended."""
 
+    name: str
     config: Path
     asked: Path
     number: Path
     ended: Path
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> _Job:
+        return cls(name, *(folder / f"{name}.{end}" for end in ("yaml", "json", "number", "ended.json")))
+
+    def now(self) -> str:
+        """Flower's number of the run that was begun last and has not said how it has ended, or nothing."""
+        number = self.number.read_text(encoding="utf-8").strip() if self.number.exists() else ""
+        return "" if self.ending(number) else number
+
+    def ending(self, number: str) -> dict[str, Any]:
+        """How the run of this number has ended, or nothing; what another one has left does not count."""
+        said = json.loads(self.ended.read_text(encoding="utf-8")) if self.ended.exists() else {}
+        return said if said.get("run") == number else {}
 
 
 def train_by_flower(cfg: Config, deploy: Path, resume: bool, timeout: float, progress: Any) -> Path:
@@ -78,11 +101,12 @@ def train_by_flower(cfg: Config, deploy: Path, resume: bool, timeout: float, pro
     server = load(deploy)
     folder = server.folder / "jobs"
     folder.mkdir(exist_ok=True)
-    job = _Job(*(folder / f"{cfg.name}.{end}" for end in ("yaml", "json", "number", "ended.json")))
+    job = _Job.of(folder, cfg.name)
     number = _under_way(server, job, cfg, resume)
     if number:
         log.warning("run %s is under way; it is followed, with the --timeout that it was started with", cfg.name)
     else:
+        _is_alone(server, folder, job)
         number = _submit(server, job, cfg, resume, timeout)
     with _stopped_with_us(server, number):
         _follow(server, job, number, cfg, timeout, progress)
@@ -90,19 +114,20 @@ def train_by_flower(cfg: Config, deploy: Path, resume: bool, timeout: float, pro
 
 
 def _under_way(server: Deploy, job: _Job, cfg: Config, resume: bool) -> str:
-    """Flower's number of the run that still works in this run folder, or nothing. One that is left over is stopped."""
-    if not job.number.exists() or job.ended.exists():
+    """Flower's number of the run of this name that goes on, or nothing. One that is left over is stopped."""
+    number = job.now()
+    if not number:
         return ""
-    number = job.number.read_text(encoding="utf-8").strip()
-    begun_in = Path(
-        json.loads(job.asked.read_text(encoding="utf-8"))["folder"]
-    )  # perhaps not the folder of this command
-    if not is_held(
-        begun_in / run_path(load_config(job.config).runs_dir, cfg.name) / LOCK
-    ):  # its process is gone, whatever SuperLink believes
+    if not _goes_on(server, job, number):  # its process is gone, whatever SuperLink believes
         with suppress(FederationError):
             _flwr(server, "stop", number)
         return ""
+    place, here = Path(json.loads(job.asked.read_text(encoding="utf-8"))["run"]), _place_of(cfg)
+    if place != here:
+        raise ConfigError(
+            f"run {cfg.name} is under way on this server, in {place} and not in {here}; give the command in the folder that "
+            "it was begun in, or another name"
+        )
     if not resume:
         raise EnvironmentFault(f"run {cfg.name} is under way; follow it with --resume (Ctrl-C then stops it)")
     if job.config.read_text(encoding="utf-8") != dump_config(cfg):
@@ -112,23 +137,49 @@ def _under_way(server: Deploy, job: _Job, cfg: Config, resume: bool) -> str:
     return number
 
 
+def _is_alone(server: Deploy, folder: Path, job: _Job) -> None:
+    """``EnvironmentFault`` where another run goes on: a site's worker has one open at a time, and would load for each in turn."""
+    for path in sorted(folder.glob("*.number")):
+        other = _Job.of(folder, path.name.removesuffix(".number"))
+        number = "" if other.name == job.name else other.now()
+        if number and _goes_on(server, other, number):
+            raise EnvironmentFault(
+                f"run {other.name} is under way on this server, and its sites take part in one at a time; wait for it, or "
+                "follow it with --resume and stop it by Ctrl-C"
+            )
+
+
+def _goes_on(server: Deploy, job: _Job, number: str) -> bool:
+    """Whether its ServerApp works, or has not begun yet: from ``flwr run`` until it locks its run folder it loads torch."""
+    asked = json.loads(job.asked.read_text(encoding="utf-8"))
+    lock = Path(asked["run"]) / LOCK
+    if is_held(lock):
+        return True
+    has_begun = lock.exists() and lock.stat().st_mtime >= job.asked.stat().st_mtime
+    is_young = time.time() - job.number.stat().st_mtime < asked["timeout"]
+    return not has_begun and is_young and _status(server, number).startswith(UNDER_WAY)
+
+
+def _place_of(cfg: Config) -> Path:
+    return Path(os.path.abspath(run_path(cfg.runs_dir, cfg.name)))
+
+
 def _submit(server: Deploy, job: _Job, cfg: Config, resume: bool, timeout: float) -> str:
     """Flower's number of a new run that does this job."""
-    sites = sites_of(server)
+    sites_of(server)  # a table that cannot be read is said here, not minutes later in a log
+    for left in (job.number, job.ended):
+        left.unlink(missing_ok=True)
     job.config.write_text(dump_config(cfg), encoding="utf-8")
     asked = {
         "config": str(job.config),
         "ended": str(job.ended),
         "folder": os.getcwd(),
+        "run": str(_place_of(cfg)),
         "resume": resume,
         "timeout": timeout,
-        "names": {node: site["clients"] for node, site in sites.items()},
-        "sites": {node: site["key"] for node, site in sites.items()},
-        "only_named": not server.insecure,
+        "registered": "" if server.insecure else str(server.folder / "sites.json"),
     }
     job.asked.write_text(json.dumps(asked), encoding="utf-8")
-    job.ended.unlink(missing_ok=True)
-    job.number.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         app = Path(folder)
         (app / "fedbiscuit_run").mkdir()
@@ -137,7 +188,7 @@ def _submit(server: Deploy, job: _Job, cfg: Config, resume: bool, timeout: float
         (app / "fedbiscuit_run" / "app.py").write_text(APP, encoding="utf-8")
         told = _flwr(server, "run", str(app), "-c", f"job={json.dumps(str(job.asked))}")
     number = str(told["run-id"])
-    job.number.write_text(number, encoding="utf-8")
+    atomic_write(job.number, number)
     return number
 
 
@@ -156,16 +207,17 @@ def _stopped_with_us(server: Deploy, number: str) -> Iterator[None]:
 def _follow(server: Deploy, job: _Job, number: str, cfg: Config, timeout: float, progress: Any) -> None:
     """Show each round that is done, until the run has ended; an error of the ServerApp is raised here."""
     metrics = run_path(cfg.runs_dir, cfg.name) / "metrics.jsonl"
-    shown, status, is_silent = len(_rounds(metrics)), "", False
+    place, status, is_silent = _rounds(metrics, 0)[1], "", False
     begun = heard = asked = time.monotonic()
     while True:
-        ended = status.startswith("finished") or job.ended.exists()
-        for row in _rounds(metrics)[shown:]:
-            shown += 1
+        said = job.ending(number)
+        has_ended = bool(said) or status.startswith("finished")
+        rows, place = _rounds(metrics, place)
+        for row in rows:
             for line in _missing(row):
                 log.warning("round %d: %s", row["round"], line)
             progress("selectors", row["round"] + 1, cfg.selectors.rounds, _note(row))
-        if ended:
+        if has_ended:
             break
         if time.monotonic() - asked >= ASK_EVERY:
             answered = _status(server, number)
@@ -185,13 +237,14 @@ def _follow(server: Deploy, job: _Job, number: str, cfg: Config, timeout: float,
                 "why; go on with --resume"
             )
         time.sleep(POLL)
-    if not job.ended.exists():
+    said = said or job.ending(number)
+    if not said:
         raise FederationError(
             f"the run ended as {status!r}; its own words:\n{_log_of(server, number)}\ngo on with --resume"
         )
-    said = json.loads(job.ended.read_text(encoding="utf-8"))
     if said["error"]:
-        raise CLASSES.get(said["exit_code"], FederationError)(f"{said['error']}\ngo on with --resume")
+        step = "" if said["exit_code"] not in GOES_ON or "--resume" in said["error"] else "\ngo on with --resume"
+        raise CLASSES.get(said["exit_code"], FederationError)(f"{said['error']}{step}")
 
 
 def _status(server: Deploy, number: str) -> str:
@@ -202,10 +255,21 @@ def _status(server: Deploy, number: str) -> str:
     return ""
 
 
-def _rounds(metrics: Path) -> list[Mapping[str, Any]]:
-    """The rounds that are done; a line that is half written is not one yet."""
-    lines = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []
-    return [json.loads(line) for line in lines]
+def _rounds(metrics: Path, place: int) -> tuple[list[Mapping[str, Any]], int]:
+    """The rounds that were done since, and the place behind them; a line that is half written is not one yet.
+
+    A run that is resumed may cut its file: what then stands at the old place is read from the next line on.
+    """
+    if not metrics.exists():
+        return [], 0
+    with metrics.open("rb") as file:
+        place = min(place, file.seek(0, os.SEEK_END))
+        file.seek(max(0, place - 1))
+        data = file.read()
+    start = data.find(b"\n") + 1 if place else 0
+    end = data.rfind(b"\n") + 1
+    rows = [json.loads(line) for line in data[start:end].splitlines()]
+    return rows, max(0, place - 1) + end if end else place
 
 
 def _note(row: Mapping[str, Any]) -> str:
@@ -228,11 +292,11 @@ def _missing(row: Mapping[str, Any]) -> Iterator[str]:
 def _log_of(deploy: Deploy, number: str) -> str:
     env, name = connection_of(deploy)
     words = [program("flwr"), "log", number, name, "--show"]
-    try:
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        return f"(not to be had within 60 s; `{' '.join(words)}` shows them)"
-    return "\n".join(done.stdout.strip().splitlines()[-12:])
+    said = ""
+    with suppress(subprocess.TimeoutExpired):
+        said = subprocess.run(words, env=env, capture_output=True, text=True, timeout=SECONDS).stdout.strip()
+    files = f"{deploy.folder / 'superexec.log'} and {deploy.folder / 'superlink.log'}"
+    return "\n".join(said.splitlines()[-12:]) or f"(Flower tells none; see {files})"
 
 
 def _flwr(deploy: Deploy, *words: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fedbiscuit.config import load_config
 from fedbiscuit.pipeline import train_selectors
 from fedbiscuit.pipeline.session import Session
 from fedbiscuit.pipeline.site import terms_of
-from fedbiscuit.rundir import atomic_write, dump_json
+from fedbiscuit.rundir import atomic_write, dump_json, load_json
 from fedbiscuit.types import FedbiscuitError
 
 if TYPE_CHECKING:
@@ -23,25 +23,28 @@ __all__ = ["train_remotely"]
 log = logging.getLogger("fedbiscuit")
 
 
-def train_remotely(grid: Grid, job: Path) -> None:
+def train_remotely(grid: Grid, job: Path, number: int) -> None:
     """Train the selectors of the job's config over the nodes of ``grid``.
 
-    The job is JSON: config, a file with all settings; ended, where to say how it has ended; resume; folder, where its
-    paths are seen from; timeout, seconds for one exchange; names, the clients that each node may have, and sites, what
-    each is called; only_named, whether a node that is not among them has none.
+    The job is JSON: config, a file with all settings; ended, where to say how it has ended, with Flower's ``number`` of this
+    run, for there may have been another; resume; folder, where its paths are seen from; timeout, seconds for one exchange;
+    registered, the file that says which nodes may have which clients, read whenever they are asked, or nothing.
     """
     from fedbiscuit.backends.flower import FlowerBackend
 
     asked = json.loads(job.read_text(encoding="utf-8"))
     os.chdir(asked["folder"])  # paths in a config are seen from where the command was given
-    names = {int(node): clients for node, clients in asked["names"].items()}
-    sites = {int(node): site for node, site in asked["sites"].items()}
+
+    def registered() -> dict[int, tuple[str, list[str]]]:
+        path = Path(asked["registered"])
+        sites = load_json(path, path.read_bytes())
+        return {int(node): (site["key"], site["clients"]) for node, site in sites.items()}
 
     def connect(session: Session) -> FlowerBackend:
         terms = terms_of(session.cfg, session.lm.digest)
-        bound = names if asked["only_named"] else None
+        known = registered if asked["registered"] else None
         least = session.cfg.selectors.min_replies
-        return FlowerBackend(grid, session.cfg.name, terms, asked["timeout"], bound, log.warning, sites, least)
+        return FlowerBackend(grid, session.cfg.name, terms, asked["timeout"], known, log.warning, least)
 
     error: BaseException | None = None
     try:
@@ -52,5 +55,5 @@ def train_remotely(grid: Grid, job: Path) -> None:
     finally:
         said = str(error) if isinstance(error, FedbiscuitError) else f"{type(error).__name__}: {error}"
         code = error.exit_code if isinstance(error, FedbiscuitError) else FedbiscuitError.exit_code
-        how = {"error": said if error else "", "exit_code": code if error else 0}
+        how = {"error": said if error else "", "exit_code": code if error else 0, "run": str(number)}
         atomic_write(Path(asked["ended"]), dump_json(how) + "\n")
