@@ -207,6 +207,7 @@ def town(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
                 os.killpg(process.popen.pid, signal.SIGKILL)
 
 
+@pytest.mark.quality  # minutes, and on a busy machine Flower itself loses messages: `make quality`
 def test_fault_82_a_worker_a_supernode_superlink_and_the_command_are_killed_in_the_middle_of_rounds(town: Town) -> None:
     cfg = town.settings("killed", "selectors.rounds=2")
     town.hold(0, 0)
@@ -250,6 +251,7 @@ def test_fault_82_a_worker_a_supernode_superlink_and_the_command_are_killed_in_t
     check_replay(town, cfg)
 
 
+@pytest.mark.quality  # minutes, and on a busy machine Flower itself loses messages: `make quality`
 def test_fault_83_and_80_the_whole_server_dies_and_sites_straggle_lie_come_late_and_leave(town: Town) -> None:
     cfg = town.settings("power", "selectors.rounds=4")
     town.sites[2].end()

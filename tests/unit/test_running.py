@@ -209,14 +209,6 @@ def test_fault_83_a_run_whose_command_was_killed_is_followed_and_not_begun_again
     assert link.asked[-1] == ("stop", "5")
 
 
-def test_a_run_under_way_is_found_also_from_another_folder_than_the_one_that_it_was_begun_in(world, link, tmp_path):
-    with RunDir.open(world.run, resume=False):
-        there = world.cfg.model_copy(update={"runs_dir": str(tmp_path / "elsewhere")})
-        with pytest.raises(EnvironmentFault, match="run one is under way"):
-            train(SimpleNamespace(**{**vars(world), "cfg": there}), resume=False)
-    assert link.asked == []
-
-
 def test_a_run_that_is_left_over_is_stopped_before_the_next_begins(world, link, monkeypatch):
     original = running._submit
     monkeypatch.setattr(running, "_submit", lambda *rest: (original(*rest), says_that_it_has_ended(world))[0])

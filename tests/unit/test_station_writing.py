@@ -378,13 +378,3 @@ def test_other_selectors_have_another_digest_and_none_are_an_error(tmp_path):
     before = digest_of_selectors(tmp_path)
     (tmp_path / "selectors" / "u1" / "adapter_model.safetensors").write_bytes(b"other")
     assert digest_of_selectors(tmp_path) != before
-
-
-def test_ten_wins_out_of_ten_leave_room_for_doubt(store):
-    for number in range(10):
-        pair = Pair.of(f"p{number}", "raw answer", f"better answer {number}", "raw", "policy", blind=True)
-        store.add_pairs([pair])
-        store.judge(store.show("ann", pair.id, 0, False).token, 1)
-    low, high = blind_result(store, "ann")["interval"]
-    assert 0.7 < low < 0.75
-    assert high == pytest.approx(1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedbiscuit.config import Config, dump_config, load_config
+from fedbiscuit.config import Config, dump_config
 from fedbiscuit.deployment.programs import program
 from fedbiscuit.deployment.registration import sites_of
 from fedbiscuit.deployment.server import Deploy, ask, connection_of, is_healthy, load

@@ -11,7 +11,7 @@ __all__ = ["Background"]
 
 
 class Background:
-    """A thread that calls ``work`` after each nudge, and again while it returns True. What it raises is ``error``, a sentence.
+    """A thread that calls ``work`` after each nudge, and again while it returns True. What it raises is ``error``, a sentence."""
 
     def __init__(self, name: str, work: Callable[[], bool], pause: float = 0.0) -> None:
         """pause: begin when so many seconds have passed without a nudge, or when somebody waits (``settle``)."""

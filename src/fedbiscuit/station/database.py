@@ -48,8 +48,6 @@ CREATE TABLE history (
 ) STRICT;
 CREATE UNIQUE INDEX answered_once ON history (token) WHERE kind IN ('judged', 'skipped');
 CREATE UNIQUE INDEX undone_once ON history (token) WHERE kind = 'undone';
-CREATE INDEX of_token ON history (token);
-CREATE INDEX of_pair ON presentations (pair);
 CREATE TRIGGER append_only BEFORE UPDATE ON history BEGIN SELECT RAISE(ABORT, 'history is append-only'); END;
 """
 

@@ -59,18 +59,17 @@ def read_history(store: Store, path: Path, lines: Sequence[tuple[int, Mapping[st
             events.append((Event(number=0, kind=record["event"], **told), pairs[record["pair"]]))
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
-    with store.all_or_nothing():  # where a line is refused, nothing of the file is taken
-        new = store.add_pairs([pair for _, pair in asked])
-        here = {pair.id: pair for pair in store.pairs()} if asked else {}
-        for number, pair in asked:
-            if here[pair.id].blind != pair.blind:
-                kind = "a pair of the blind test" if here[pair.id].blind else "a pair to learn from"
-                raise DataError(
-                    f"{path}:{number}: blind: here this is {kind}, with answers that mean another thing; remove the pair here, or "
-                    "its lines there"
-                )
-        turned = [_turned(event) if here[pair.id].output_a != pair.output_a else event for event, pair in events]
-        return new, store.restore(turned)
+    new = store.add_pairs([pair for _, pair in asked])
+    here = {pair.id: pair for pair in store.pairs()} if asked else {}
+    for number, pair in asked:
+        if here[pair.id].blind != pair.blind:
+            kind = "a pair of the blind test" if here[pair.id].blind else "a pair to learn from"
+            raise DataError(
+                f"{path}:{number}: blind: here this is {kind}, with answers that mean another thing; remove the pair here, or "
+                "its lines there"
+            )
+    turned = [_turned(event) if here[pair.id].output_a != pair.output_a else event for event, pair in events]
+    return new, store.restore(turned)
 
 
 def _turned(event: Event) -> Event:

@@ -19,8 +19,6 @@ from fedbiscuit.station.writing import Authors, Writer, Writing
 __all__ = ["Station"]
 
 T = TypeVar("T")
-MIRROR_PAUSE = 1.0
-"""Seconds: the whole file is written anew, some megabytes after thousands of judgements."""
 
 MIRROR_SECONDS = 2.0
 """``comparisons.jsonl`` is written anew, whole, when nothing has changed for so long, and not at each click."""

@@ -102,8 +102,7 @@ class Store:
     def answered(self, prompt: Prompt, pair: Pair) -> bool:
         """Keep what was written for a prompt; False where somebody has removed the prompt since."""
         with self._transaction() as db:
-            written = "UPDATE prompts SET state = 'written', error = '' WHERE id = ? AND text = ?"
-            if not db.execute(written, (prompt.id, prompt.text)).rowcount:
+            if not db.execute("UPDATE prompts SET state = 'written', error = '' WHERE id = ?", (prompt.id,)).rowcount:
                 return False
             _insert_pair(db, pair)
         return True
@@ -118,8 +117,7 @@ class Store:
     def failed(self, prompt: Prompt, error: str) -> None:
         """Note that answers to a prompt could not be written, and why."""
         with self._transaction() as db:
-            failed = "UPDATE prompts SET state = 'failed', error = ? WHERE id = ? AND text = ?"
-            db.execute(failed, (error, prompt.id, prompt.text))
+            db.execute("UPDATE prompts SET state = 'failed', error = ? WHERE id = ?", (error, prompt.id))
 
     def retry(self) -> int:
         """Let prompts that failed wait again; how many."""
