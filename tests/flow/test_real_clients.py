@@ -209,7 +209,7 @@ def test_a_job_says_how_it_has_ended_and_with_which_exit_code(tmp_path, tiny_mod
     monkeypatch.chdir(tmp_path)
     train_remotely(DictGrid(nodes), tmp_path / "job", 7)
     assert json.loads((tmp_path / "ended").read_text()) == {"error": "", "exit_code": 0, "run": "7"}
-    (row,) = map(json.loads, (tmp_path / "runs" / "job" / "metrics.jsonl").read_text().splitlines())
+    row = lines(tmp_path / "runs" / "job" / "metrics.jsonl")[0]
     assert row["cohort"] == ["person-0", "person-3"]
     assert row["away"]["site-e"] == "it is not connected"
     assert "registered for no site, or for another" in row["away"].values()
