@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedbiscuit.backends.bundle import Answer, Order, pack_order, packed_adapter, unpack_answer
+from fedbiscuit.backends.bundle import Answer, Order, digest_of, pack_order, packed_adapter, unpack_answer
 from fedbiscuit.backends.sockets import ask_at
 from fedbiscuit.pipeline.site import terms_of
 from fedbiscuit.types import LocalTraining, Task
@@ -136,8 +136,9 @@ def test_a_site_runs_outlives_its_processes_and_says_what_left(tmp_path, tiny_mo
         wait_for(lambda: said("the worker was ended by SIGKILL; it is started again in 1 s"), process)
         wait_for(lambda: said("the worker is ready", 2), process)
         assert pids()[1] == node
-        lacking = unpack_answer(ask_at(listening, pack_order(Order("one", terms, [task], [{0: digest}])), PATIENCE))
-        assert lacking == Answer([f"person-{k}" for k in range(6)], [], [digest], "")
+        short = pack_order(Order("one", terms, [task], [{0: digest}]))
+        lacking = unpack_answer(ask_at(listening, short, PATIENCE))
+        assert lacking == Answer([f"person-{k}" for k in range(6)], [], [digest], order=digest_of(short))
         assert ask_at(listening, full, PATIENCE) == first
 
         worker = pids()[0]
