@@ -17,6 +17,7 @@ from fedbiscuit.backends.worker import Rules, Worker
 from fedbiscuit.config import dump_config
 from fedbiscuit.pipeline.remote import train_remotely
 from fedbiscuit.pipeline.site import Site, terms_of
+from fedbiscuit.rundir.ledger import read_learned
 from fedbiscuit.types import ConfigError, DataError, FederationError
 
 pytestmark = pytest.mark.skipif(
@@ -248,3 +249,33 @@ def test_a_server_that_measures_with_few_of_its_clients_goes_on_to_the_policy_wh
     run = pipeline.train_selectors(cfg, connect=over(DictGrid(nodes)))
     pipeline.run_all(cfg, resume=True)
     assert (run / "policy").is_dir()
+
+
+def test_a_site_sees_for_itself_how_each_selector_that_comes_agrees_with_its_people_and_nothing_else_changes(
+    tmp_path, tiny_model
+):
+    write_world(tmp_path / "world.jsonl", per_split=(8, 4, 0))
+    changes = ("evaluation.compare_global=false", "selectors.num_adapters=1", "selectors.warmup_rounds=0")
+    changes += ("selectors.eval_every=1", "selectors.comm_dtype=bfloat16")
+    here = pipeline.train_selectors(settings(tmp_path, tiny_model, *changes, name="here"))
+    cfg = settings(tmp_path, tiny_model, *changes, name="there")
+    site = Site((str(tmp_path / "world.jsonl"),), "cpu", 1, held_out=20)
+    worker = Worker(site.open_run, Rules(), tmp_path / "ledger.jsonl")
+
+    def answer(data: bytes) -> bytes:
+        answered = worker.answer(data)
+        worker.look_back()
+        return answered
+
+    there = pipeline.train_selectors(cfg, connect=over(DictGrid({1: answer})))
+    assert without_traffic(here) == without_traffic(there)
+    known = {row["round"] + 1: row["metrics"]["validation"]["clients"] for row in lines(here / "metrics.jsonl")}
+    seen = list(read_learned(tmp_path / "learned.jsonl"))
+    assert {(row["run"], row["adapter"], row["num_adapters"], row["comparisons"]) for row in seen} == {
+        ("there", 0, 1, 4)
+    }
+    cohorts = [(row["round"], client) for row in lines(here / "metrics.jsonl") for client in row["cohort"]]
+    assert sorted((row["round"], row["client"]) for row in seen) == sorted(cohorts)
+    later = [row for row in seen if row["round"] > 0]
+    assert len({row["accuracy"] for row in later}) > 1
+    assert all(row["accuracy"] == pytest.approx(known[row["round"]][row["client"]], abs=1e-6) for row in later)

@@ -394,3 +394,23 @@ def test_sites_that_take_no_part_are_named_as_their_keys_are_with_the_reason(tmp
     assert said == [f"{site} took no part: {there.away[site]}" for site in ("site-c", "site-b")]
     assert there.clients() == ["ann"]
     assert len(said) == 2, "what has been said is not said again"
+
+
+@pytest.mark.parametrize("code", [3, 4])
+def test_an_order_that_flower_lets_expire_is_an_answer_that_did_not_come_in_time(tmp_path, code):
+    from types import SimpleNamespace
+
+    def expires(data: bytes) -> None:
+        asked = f"id-{len(grid.seen)}"
+        error = SimpleNamespace(reason="it may have expired", code=code)
+        meta = SimpleNamespace(reply_to_message_id=asked)
+        grid.waiting[asked] = SimpleNamespace(metadata=meta, content=None, has_error=lambda: True, error=error)
+
+    grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer})
+    there, patient = backend(grid), backend(grid, timeout=20.0)
+    there.clients()
+    patient.clients()
+    grid.nodes[1] = expires
+    assert there.run([training("ann", ADAPTERS)])[0].error == "no answer within 0.3 seconds"
+    (reply,) = patient.run([training("ann", ADAPTERS)])
+    assert reply.error == f"Flower could not deliver: it may have expired (code {code})", "time was left: it is lost"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedbiscuit.rundir.ledger import ALL_THAT_WAS_SENT, NOTHING_SENT
-from fedbiscuit.station.looking import RoundAccuracy, what_left, what_was_learned
-from fedbiscuit.types import ConfigError
+from fedbiscuit.station.looking import RoundAccuracy, what_left, what_the_site_saw, what_was_learned
+from fedbiscuit.types import ConfigError, IntegrityError
 
 
 def row(round: int, clients: dict[str, float] | None = None, grouping: dict[str, int] | None = None) -> dict[str, Any]:
@@ -104,3 +104,25 @@ def test_without_a_site_or_a_message_nothing_left_and_it_says_so(tmp_path):
     assert (what_left(None).rows, "sends nothing by itself" in what_left(None).sentence) == ((), True)
     with pytest.raises(ConfigError, match="client init"):
         what_left(tmp_path / "nowhere")
+
+
+def test_what_a_worker_saw_at_this_machine_is_shown_for_the_last_run(tmp_path):
+    kept = {"adapter": 0, "num_adapters": 2, "comparisons": 4}
+    rows = [
+        {"run": "old", "round": 7, "client": "ann", "accuracy": 0.1, **kept},
+        {"run": "new", "round": 0, "client": "ann", "accuracy": 0.5, **kept},
+        {"run": "new", "round": 2, "client": "bo", "accuracy": 0.2, **kept},
+        {"run": "new", "round": 2, "client": "ann", "accuracy": 0.75, **kept, "adapter": 1},
+        {"run": "new", "round": 2, "client": "ann", "accuracy": 0.75, **kept, "adapter": 1},
+    ]
+    (tmp_path / "learned.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows) + '{"run": "to')
+    found = what_the_site_saw(tmp_path, "ann")
+    assert found is not None
+    assert found.rounds == (RoundAccuracy(0, 0.5), RoundAccuracy(2, 0.75))
+    assert (found.run, found.group, found.num_groups, found.final, found.pairs) == ("new", 1, 2, 0.75, 4)
+    assert "the server has never seen these choices" in found.missing[0]
+    assert what_the_site_saw(tmp_path, "zoe") is None
+    assert what_the_site_saw(tmp_path / "none", "ann") is None
+    (tmp_path / "learned.jsonl").write_text('{"client": "ann"}\n')
+    with pytest.raises(IntegrityError, match=r"learned\.jsonl:1: not a line of a learned\.jsonl"):
+        what_the_site_saw(tmp_path, "ann")

@@ -20,6 +20,7 @@ from fedbiscuit.backends import sockets, worker
 from fedbiscuit.backends.bundle import Answer, Order, digest_of, pack_answer, pack_order, packed_adapter, unpack_answer
 from fedbiscuit.backends.sockets import ask_at, receive, send
 from fedbiscuit.backends.worker import Rules, TakingPart, Worker, serve_at, told_outside
+from fedbiscuit.rundir.ledger import read_learned
 from fedbiscuit.types import (
     DataError,
     EnvironmentFault,
@@ -561,3 +562,43 @@ def test_fault_80_an_order_that_nobody_waits_for_any_more_is_left_and_what_was_d
         assert world.rows()[0]["not_done"] == {"nobody waits for the answer any more": ["bo"]}
         assert all(reply.ok for reply in unpack_answer(ask_at(tmp_path / "w", both, 20)).replies)
     assert [task.client for task in world.backend.tasks] == ["ann", "bo"]
+
+
+def test_a_site_looks_at_what_came_after_it_has_answered_and_a_diary_that_fails_costs_no_answer(world, caplog):
+    looked: list[tuple[str, torch.Tensor]] = []
+
+    def look(client, adapter):
+        if looked:
+            raise OSError("no space")
+        looked.append((client, adapter["w"]))
+        return {"num_adapters": 2, "accuracy": 0.75, "comparisons": 4}
+
+    part = TakingPart(world.backend, {"ann": 5, "bo": 2}, MODEL, look)
+    world.worker.open_run = lambda terms: part
+    data = pack_order(Order("demo", "terms", [TRAIN, SEAT], [{1: DIGEST}, {}], {DIGEST: PACKED}))
+    first = world.worker.answer(data)
+    learned = world.ledger.with_name("learned.jsonl")
+    assert (looked, learned.exists()) == ([], False), "the answer leaves first"
+    world.worker.look_back()
+    assert [client for client, _ in looked] == ["ann"]
+    assert torch.equal(looked[0][1], WEIGHTS["w"])
+    assert list(read_learned(learned)) == [
+        {
+            "run": "demo",
+            "round": 0,
+            "client": "ann",
+            "adapter": 1,
+            "num_adapters": 2,
+            "accuracy": 0.75,
+            "comparisons": 4,
+        }
+    ]
+    assert stat.S_IMODE(learned.stat().st_mode) == 0o600
+    assert world.worker.answer(data) == first
+    world.worker.look_back()
+    assert len(looked) == 1, "what was answered from memory is not looked at again"
+
+    assert world.ask(replace(TRAIN, round=1)).replies[0].ok
+    world.worker.look_back()
+    assert "learned.jsonl: no line for ann in round 1: no space" in caplog.text
+    assert world.ask(replace(TRAIN, round=2)).replies[0].ok

@@ -31,6 +31,8 @@ sent twice as much at once, as it does where its database is locked for more tha
 
 NODE_UNAVAILABLE = 5
 """Flower's code for a node that has not been heard of for a while."""
+EXPIRED = (3, 4)
+"""Flower's codes for an order and an answer whose time was up before anybody fetched them, or that SuperLink has lost."""
 NAMED = 5
 """Names in a reason; more are counted."""
 
@@ -211,8 +213,10 @@ class FlowerBackend:
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
                 if node is None or (message.has_error() and node in waiting.values()):
                     continue
-                answers[node] = self._read(node, orders[node], digest_of(packed[node]), message)
-                gone |= {node} if message.has_error() and message.error.code == NODE_UNAVAILABLE else set()
+                code = message.error.code if message.has_error() else 0
+                if code not in EXPIRED or time.monotonic() < deadline - LOOK_EVERY:  # else it is simply too late
+                    answers[node] = self._read(node, orders[node], digest_of(packed[node]), message)
+                gone |= {node} if code == NODE_UNAVAILABLE else set()
                 waiting = {asked: other for asked, other in waiting.items() if other != node}
             if waiting and time.monotonic() - looked >= LOOK_EVERY:
                 now, looked = self._activations(), time.monotonic()

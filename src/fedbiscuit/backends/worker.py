@@ -7,7 +7,6 @@ its ``Rules`` what it takes part in; nothing leaves before a line about it stand
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import select
@@ -24,10 +23,11 @@ from typing import TypeVar
 from fedbiscuit.backends.bundle import Answer, Order, digest_of, opened_adapter, pack_answer, unpack_order
 from fedbiscuit.backends.inprocess import InProcessBackend
 from fedbiscuit.backends.sockets import receive, send
-from fedbiscuit.rundir.disk import write_all
+from fedbiscuit.rundir.ledger import LEARNED, append_row
 from fedbiscuit.types import (
     ClientId,
     EnvironmentFault,
+    FedbiscuitError,
     FederationError,
     IntegrityError,
     Reply,
@@ -73,11 +73,15 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class TakingPart:
-    """One run at a site: its clients with their data and the LM, how many comparisons each holds, the base model's digest."""
+    """One run at a site: its clients with their data and the LM, how many comparisons each holds, the base model's digest.
+
+    look: what an adapter that came is worth to a client, as columns of ``learned.jsonl``; None where that is not wanted.
+    """
 
     backend: InProcessBackend
     held: Mapping[ClientId, int]
     model: str
+    look: Callable[[ClientId, Weights], Mapping[str, float]] | None = None
 
 
 def told_outside(error: BaseException) -> str:
@@ -100,6 +104,7 @@ class Worker:
     _opened: tuple[str, str, TakingPart] | None = None
     _adapters: dict[str, Weights] = field(default_factory=dict)
     _done: dict[tuple[object, ...], Reply] = field(default_factory=dict)
+    _to_look_at: list[tuple[str, TakingPart, Task]] = field(default_factory=list)
     _working: threading.Lock = field(default_factory=threading.Lock)
     _noting: threading.Lock = field(default_factory=threading.Lock)
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -126,6 +131,25 @@ class Worker:
             return pack_answer(Answer(error="this site cannot write its ledger, and sends nothing without"))
         return packed
 
+    def look_back(self) -> None:
+        """Write to ``learned.jsonl`` how the selectors that came with the last trainings agree with comparisons that no training
+        reads. Nothing of it leaves; it comes after the answer, and the next order waits for one client at most.
+        """
+        while self._to_look_at and not self._stopping.is_set():
+            with self._working:
+                if not self._to_look_at:
+                    return
+                run, part, task = self._to_look_at.pop(0)
+                ((u, adapter),) = task.adapters.items()
+                try:
+                    found = part.look(task.client, adapter) if part.look is not None else {}
+                    row = {"run": run, "round": task.round, "client": task.client, "adapter": u, **found}
+                    if found:
+                        append_row(self.ledger.with_name(LEARNED), row)
+                except (FedbiscuitError, OSError, RuntimeError) as error:  # a diary is not worth a round
+                    log.warning("%s: no line for %s in round %d: %s", LEARNED, task.client, task.round, error)
+            time.sleep(0.01)  # an order that waits takes the lock now
+
     def stop(self, grace: float = GRACE) -> bool:
         """Begin no further task; whether the one at hand was done within ``grace`` seconds."""
         self._stopping.set()
@@ -147,7 +171,7 @@ class Worker:
             if lacks := sorted(wanted - self._adapters.keys()):
                 return Answer(self._named(part), lacks=lacks)
             replies = [
-                self._reply(part, task, one) if is_awaited() else Reply(task.client, ok=False, error=TOO_LATE)
+                self._reply(order, part, task, one) if is_awaited() else Reply(task.client, ok=False, error=TOO_LATE)
                 for task, one in zip(order.tasks, order.wanted, strict=True)
             ]
             _keep_last(self._adapters, num_bytes)
@@ -171,7 +195,7 @@ class Worker:
             self._opened = order.run, order.terms, part
         return self._opened[2]
 
-    def _reply(self, part: TakingPart, task: Task, wanted: Mapping[int, str]) -> Reply:
+    def _reply(self, order: Order, part: TakingPart, task: Task, wanted: Mapping[int, str]) -> Reply:
         """The reply to a task, computed once. One that failed is computed again when it is asked for again."""
         if refusal := self._refusal(part, task):
             return Reply(task.client, ok=False, error=refusal)
@@ -189,7 +213,9 @@ class Worker:
             if task.kind == "evaluate":  # what it will have scored takes the place of what seats were chosen by before
                 self._done = {k: one for k, one in self._done.items() if k[1] != task.client or k[2] == "train"}
             adapters = {u: self._adapters[digest] for u, digest in wanted.items()}
-            reply = part.backend.run([replace(task, adapters=adapters)])[0]
+            reply = part.backend.run([full := replace(task, adapters=adapters)])[0]
+            if task.kind == "train" and reply.ok and part.look is not None:
+                self._to_look_at.append((order.run, part, full))
         if reply.ok:
             self._done[key] = reply
         return reply
@@ -235,18 +261,8 @@ class Worker:
             **({"lacks": len(answer.lacks)} if answer.lacks else {}),
             **({"error": answer.error} if answer.error else {}),
         }
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         with self._noting:
-            descriptor = os.open(
-                self.ledger, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-            )
-            try:
-                size = os.fstat(descriptor).st_size
-                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # a crash in the middle of a line
-                write_all(descriptor, b"\n" + line if torn else line)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            append_row(self.ledger, row)
 
 
 def _keep_last(kept: dict[K, V], size: Callable[[V], int]) -> None:
@@ -314,6 +330,7 @@ def _serve_one(connection: socket.socket, worker: Worker, at_once: threading.Sem
                 send(connection, worker.answer(data, lambda: _listens(connection)))
     finally:
         at_once.release()
+    worker.look_back()
 
 
 def _listens(connection: socket.socket) -> bool:

@@ -5,6 +5,7 @@ site-a/          0700
   key key.pub    the key pair that names this site to the server; key.pub goes there, key nowhere
   site.yaml      what it takes part in
   ledger.jsonl   a line for every order: what was asked, what left
+  learned.jsonl  how the selectors that came agree with each client's held-out comparisons; it stays here
   running.json   the processes of `fedbiscuit client start` (``site_processes.py``), and worker.log, supernode.log of them
 ```
 """
@@ -49,6 +50,7 @@ class SiteSettings(Section):
     rounds: Annotated[int, Field(ge=0, le=10**9)] = 0
     comparisons: Annotated[int, Field(ge=1, le=10**9)] = 1
     task_comparisons: Annotated[int, Field(ge=0, le=10**9)] = 0
+    held_out: Annotated[int, Field(ge=0, le=10**9)] = 20
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     threads: Annotated[int, Field(ge=0, le=10**9)] = 0
     timeout: Annotated[float, Field(gt=0.0, le=1e6)] = 3600.0
@@ -76,6 +78,10 @@ comparisons: 1
 
 # So many comparisons one training may read (steps x batch_size x grad_accum of the server's settings); 0: any number.
 task_comparisons: 0
+
+# How each selector that comes to be trained agrees with so many held-out comparisons of its client (split test, then val) is seen
+# once the answer has left. The result is in learned.jsonl here, and is not sent; 0: none.
+held_out: 20
 
 # Where the model runs: auto, cpu, mps, cuda or cuda:NUMBER; CPU threads, 0: as torch decides.
 device: auto

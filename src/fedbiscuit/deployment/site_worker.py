@@ -25,7 +25,7 @@ def serve(folder: Path, socket: Path, files: Sequence[str]) -> bool:
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
     how = settings_of(folder)
-    site = Site(tuple(files), how.device, how.threads, dict(how.models))
+    site = Site(tuple(files), how.device, how.threads, dict(how.models), how.held_out)
     rules = Rules(how.kinds, how.allow_models, how.rounds, how.comparisons, how.task_comparisons)
     return serve_at(socket, Worker(site.open_run, rules, folder / LEDGER), stop)
 

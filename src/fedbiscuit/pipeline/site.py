@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from fedbiscuit.backends.worker import TakingPart, told_outside
 from fedbiscuit.config import Config, ModelSettings, dump_config, parse_config
 from fedbiscuit.data.encoding import TEMPLATES
 from fedbiscuit.data.sources import load
+from fedbiscuit.evaluation.selectors import judge_by_group
+from fedbiscuit.federated.coding import decoded
 from fedbiscuit.models.lm import LM
+from fedbiscuit.pipeline.scoring import scores_of
 from fedbiscuit.pipeline.session import Session, silent
 from fedbiscuit.rundir import RunDir
-from fedbiscuit.types import ConfigError, FederationError
+from fedbiscuit.types import ClientId, ConfigError, FederationError, Weights
 
 __all__ = ["Site", "terms_of"]
 
@@ -49,12 +53,16 @@ def terms_of(cfg: Config, model: str) -> str:
 
 @dataclass
 class Site:
-    """What a site gives to every run: files of comparisons, device and threads, folders of models by the server's names."""
+    """What a site gives to every run: files of comparisons, device and threads, folders of models by the server's names.
+
+    held_out: on how many comparisons that no training reads selectors are judged for ``learned.jsonl``, for each client.
+    """
 
     data: tuple[str, ...]
     device: str = "auto"
     threads: int = 0
     models: dict[str, str] = field(default_factory=dict)
+    held_out: int = 0
     _loaded: dict[tuple[ModelSettings, bool], LM] = field(default_factory=dict)
 
     def open_run(self, terms: str) -> TakingPart:
@@ -87,4 +95,20 @@ class Site:
             )
         held = {client: len(one.train) for client, one in session.clients.items()}
         backend = InProcessBackend(session.desk, session.clients, told_outside)
-        return TakingPart(backend, held, session.lm.digest)
+        return TakingPart(backend, held, session.lm.digest, _looking(session, self.held_out) if self.held_out else None)
+
+
+def _looking(session: Session, limit: int) -> Callable[[ClientId, Weights], Mapping[str, float]]:
+    """How a selector, as it came, agrees with at most ``limit`` comparisons of a client, test first, then validation."""
+    held = {client: (*one.test, *one.validation) for client, one in session.clients.items()}
+    held = {client: tuple(c for c in found if c.output_b)[:limit] for client, found in held.items()}
+
+    def look(client: ClientId, adapter: Weights) -> Mapping[str, float]:
+        if not held[client]:
+            return {}
+        weights = decoded(adapter, session.cfg.selectors.comm_dtype)
+        one = judge_by_group(scores_of(session, [weights], {client: held[client]}, {client: 0}), {client: 0})[client]
+        num = session.cfg.selectors.num_adapters
+        return {"num_adapters": num, "accuracy": round(one.accuracy, 6), "comparisons": len(one.choice)}
+
+    return look

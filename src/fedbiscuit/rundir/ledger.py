@@ -1,8 +1,13 @@
-"""The ledger of a site, ``ledger.jsonl``: a line for every message of a server, with what was asked and what left."""
+"""Files of a site to which its worker adds lines.
+
+``ledger.jsonl`` has one for every message of a server, with what was asked and what left. ``learned.jsonl`` has one for every
+selector that came to be trained on, with how it agrees with a client's held-out comparisons; it is for the site alone.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -10,11 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedbiscuit.rundir.disk import write_all
 from fedbiscuit.types import EnvironmentFault, IntegrityError
 
-__all__ = ["ALL_THAT_WAS_SENT", "LEDGER", "NOTHING_SENT", "Summary", "read_ledger", "summaries"]
+__all__ = ["ALL_THAT_WAS_SENT", "LEARNED", "LEDGER", "NOTHING_SENT", "Summary"]
+__all__ += ["append_row", "read_learned", "read_ledger", "summaries"]
 
-LEDGER = "ledger.jsonl"
+LEDGER, LEARNED = "ledger.jsonl", "learned.jsonl"
 ALL_THAT_WAS_SENT = (
     "These answers, with the names of clients and how many comparisons they trained on, are all that the worker sent."
 )
@@ -37,8 +44,32 @@ class Summary:
     errors: Counter[str] = field(default_factory=Counter)
 
 
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a line, on the disk when this returns. A line that a crash has torn stays torn, and the new one is whole."""
+    line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        write_all(descriptor, b"\n" + line if torn else line)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a ledger; one that a crash has torn is passed over. ``IntegrityError`` for a line of another kind."""
+    return _rows(path, {"time", "run", "rounds", "asked", "bytes_in", "bytes_out"}, "a ledger")
+
+
+def read_learned(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a ``learned.jsonl``, likewise."""
+    return _rows(
+        path, {"run", "round", "client", "adapter", "num_adapters", "accuracy", "comparisons"}, "a learned.jsonl"
+    )
+
+
+def _rows(path: Path, keys: set[str], kind: str) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -50,8 +81,8 @@ def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
         with suppress(ValueError):
             row = json.loads(line)
         if isinstance(row, dict):
-            if not {"time", "run", "rounds", "asked", "bytes_in", "bytes_out"} <= row.keys():
-                raise IntegrityError(f"{path}:{number}: not a line of a ledger; has somebody written to it?")
+            if not keys <= row.keys():
+                raise IntegrityError(f"{path}:{number}: not a line of {kind}; has somebody written to it?")
             yield row
 
 

@@ -287,11 +287,13 @@ def _add_looking(app: FastAPI, station: Station, render: Renderer) -> None:
     @app.get("/me")
     def me() -> HTMLResponse:
         found, missing = None, ""
-        if station.run is not None:
-            try:
+        try:
+            if station.run is not None:
                 found = looking.what_was_learned(station.run, station.person)
-            except FedbiscuitError as error:
-                missing = str(error)
+            if station.site is not None and not (found and found.rounds):
+                found = looking.what_the_site_saw(station.site, station.person) or found
+        except FedbiscuitError as error:
+            missing = str(error)
         steady, progress = station.consistency(), station.progress()
         return render(
             "me.html",

@@ -11,16 +11,16 @@ from typing import Any
 from fedbiscuit.config import load_config
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.rundir.disk import human_bytes
-from fedbiscuit.rundir.ledger import ALL_THAT_WAS_SENT, LEDGER, NOTHING_SENT, read_ledger
+from fedbiscuit.rundir.ledger import ALL_THAT_WAS_SENT, LEARNED, LEDGER, NOTHING_SENT, read_learned, read_ledger
 from fedbiscuit.types import ConfigError
 
-__all__ = ["Learned", "Left", "LeftRow", "RoundAccuracy", "what_left", "what_was_learned"]
+__all__ = ["Learned", "Left", "LeftRow", "RoundAccuracy", "what_left", "what_the_site_saw", "what_was_learned"]
 
 
 @dataclass(frozen=True, slots=True)
 class RoundAccuracy:
-    """After a round (from 1), the accuracy, 0 to 1, of the selector of the person's group on the validation judgements of this
-    person, from which nothing was learned.
+    """After so many rounds, the accuracy, 0 to 1, of the selector of the person's group on held-out judgements of this person,
+    from which nothing was learned.
     """
 
     round: int
@@ -102,6 +102,32 @@ def what_was_learned(run: Path, client: str) -> Learned:
     )
 
 
+def what_the_site_saw(site: Path, client: str) -> Learned | None:
+    """From the ``learned.jsonl`` of a site, in which its worker writes how each selector that came for a client agrees with it.
+
+    Of the run that came last; None where no selector came for this client.
+    """
+    rows = [row for row in read_learned(site / LEARNED) if row["client"] == client]
+    if not rows:
+        return None
+    by_round = {row["round"]: row for row in rows if row["run"] == rows[-1]["run"]}
+    last = by_round[max(by_round)]
+    return Learned(
+        run=last["run"],
+        client=client,
+        rounds=tuple(RoundAccuracy(number, row["accuracy"]) for number, row in sorted(by_round.items())),
+        group=last["adapter"],
+        num_groups=last["num_adapters"],
+        final=last["accuracy"],
+        pairs=last["comparisons"],
+        with_global=None,
+        missing=(
+            "Seen on this machine by its worker each time that the selector of your group came to be trained; the server has "
+            "never seen these choices. How often it chooses as a global selector does, only a run that trains one can tell.",
+        ),
+    )
+
+
 def _last_group(rows: Sequence[Mapping[str, Any]], client: str) -> int | None:
     """The group that the server last gave to this client."""
     given = [row["grouping"][client] for row in rows if client in row.get("grouping", {})]
@@ -126,8 +152,8 @@ def _missing(
     said = []
     if not has_rounds:
         said.append(
-            "The run has no accuracy by round for this client: a server of real clients never sees their choices, and a run "
-            "in one process shows it where selectors.eval_every is set."
+            "The run has no accuracy by round for this client: a server of real clients never sees their choices (`--site` shows "
+            "what the worker here saw), and a run in one process shows it where selectors.eval_every is set."
         )
     if group is None:
         said.append("There are no groups yet: they are formed after the warm-up.")
