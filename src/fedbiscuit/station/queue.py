@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fedbiscuit.station.nouns import Event, Presentation
 from fedbiscuit.station.store import Store
@@ -127,7 +128,7 @@ def next_showing(
         return None
 
     def by_lot(pair: str) -> int:
-        return seed_for(seed, person, pair, "turn")
+        return _turn(seed, person, pair)
 
     scored = [pair for pair in new if pair in disagreements]
     lot = rng_for(seed, person, len(answered), "random share").random()
@@ -136,6 +137,11 @@ def next_showing(
     else:
         pair = min(new, key=by_lot)
     return Showing(pair, 0, rng_for(seed, person, pair, "order").random() < 0.5)
+
+
+@lru_cache(maxsize=1 << 16)  # every pair that waits is asked for it at every click
+def _turn(seed: int, person: str, pair: str) -> int:
+    return seed_for(seed, person, pair, "turn")
 
 
 def _due_repeat(answered: Sequence[Event], seed: int, person: str, every: int, others: bool) -> Event | None:
