@@ -30,7 +30,7 @@ from fedbiscuit.types import FedbiscuitError
 
 PROGRAM = (sys.executable, "-m", "fedbiscuit")
 SITES = ("site-a", "site-b", "site-c")
-SMALLER = ("selectors.rounds=4", "selectors.eval_every=2", "evaluation.compare_global=false", "model.threads=1")
+SMALLER = ("selectors.rounds=3", "selectors.eval_every=3", "evaluation.compare_global=false", "model.threads=1")
 """Settings on top of the config: rounds for some minutes; one thread, as at each site, since bits depend on it."""
 START_SECONDS = 600
 """A process may take so long until it is ready, on a machine that does other things too."""

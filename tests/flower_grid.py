@@ -19,15 +19,11 @@ class DictGrid:
 
     def get_nodes(self):
         """The nodes that are there, and when each has come."""
-        return [SimpleNamespace(node_id=node, last_activated_at=self.since.get(node, "")) for node in self.nodes]
-
-    def get_node_ids(self):
-        """The nodes that are there."""
         from flwr.supercore.task_identity import TaskIdentity
 
         for key in ("_task_id", "_run_id", "_node_id"):  # a ServerApp's process is told whose it is when it starts
             setattr(TaskIdentity, key, 1)
-        return list(self.nodes)
+        return [SimpleNamespace(node_id=node, last_activated_at=self.since.get(node, "")) for node in self.nodes]
 
     def push_messages(self, messages):
         """Give each to its node."""

@@ -12,7 +12,7 @@ from tests.flower_grid import DictGrid
 
 from fedbiscuit.backends.bundle import Answer, digest_of, pack_answer, unpack_order
 from fedbiscuit.backends.worker import Rules, TakingPart, Worker
-from fedbiscuit.types import LocalTraining, Reply, Task
+from fedbiscuit.types import EnvironmentFault, LocalTraining, Reply, Task
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("flwr") is None,
@@ -339,15 +339,15 @@ def test_a_site_that_refuses_is_asked_once_while_others_are_waited_for_and_again
     grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer, 2: refuses.answer}, since={2: "9:00"})
     looks = []
 
-    def look(ids=grid.get_node_ids):
+    def look(ids=grid.get_nodes):
         looks.append(len([node for node, _ in grid.seen if node == 2]))
         if len(looks) == 4:  # its administrator has mended the rules
             grid.nodes[2], grid.since[2] = worker(tmp_path, Echo("bo")).answer, "9:05"
         return ids()
 
-    grid.get_node_ids = look
+    grid.get_nodes = look
     assert backend(grid, least=2, timeout=20.0).clients() == ["ann", "bo"]
-    assert looks == [0, 1, 1, 1]
+    assert looks == [0, 0, 1, 1, 1]
     assert len([node for node, _ in grid.seen if node == 1]) == 1
 
 
@@ -356,13 +356,13 @@ def test_fault_80_sites_are_waited_for_until_enough_clients_are_there_but_not_fo
     grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer})
     looks = []
 
-    def come(ids=grid.get_node_ids):
+    def come(ids=grid.get_nodes):
         looks.append(len(looks))
         if len(looks) == 3:
             grid.nodes[2] = worker(tmp_path, Echo("bo", "cy")).answer
         return ids()
 
-    grid.get_node_ids = come
+    grid.get_nodes = come
     assert backend(grid, said=said, least=2, timeout=20.0).clients() == ["ann", "bo", "cy"]
     assert said == ["1 clients are there; waiting for 2, up to 20 seconds"]
     assert [node for node, _ in grid.seen] == [1, 2], "who has answered is not asked again"
@@ -414,3 +414,33 @@ def test_an_order_that_flower_lets_expire_is_an_answer_that_did_not_come_in_time
     assert there.run([training("ann", ADAPTERS)])[0].error == "no answer within 0.3 seconds"
     (reply,) = patient.run([training("ann", ADAPTERS)])
     assert reply.error == f"Flower could not deliver: it may have expired (code {code})", "time was left: it is lost"
+
+
+def test_while_superlink_is_away_flower_tries_for_the_time_that_is_left_and_then_the_run_stops_with_what_to_do(
+    tmp_path,
+):
+    httpx = pytest.importorskip("httpx")
+    from types import SimpleNamespace
+
+    from flwr.supercore.retry import make_simple_http_retry_invoker
+
+    grid = DictGrid({1: worker(tmp_path, Echo("ann")).answer})
+    there = backend(grid, timeout=2.0)
+    there.clients()
+    grid._retry_invoker = make_simple_http_retry_invoker()
+    asked = []
+
+    def away(*values):
+        asked.append(grid._retry_invoker.max_time)
+        raise httpx.ConnectError("connection refused")
+
+    grid.pull_messages = lambda ids: grid._retry_invoker.invoke(away, ids)
+    with pytest.raises(
+        EnvironmentFault, match=r"not answered for 2 seconds \(--timeout; connection refused\).*--resume"
+    ):
+        there.run([training("ann", ADAPTERS)])
+    assert len(asked) > 1
+    assert max(asked) <= 2.0
+    grid.pull_messages = lambda ids: SimpleNamespace().nothing
+    with pytest.raises(AttributeError):
+        there.run([training("ann", ADAPTERS)])

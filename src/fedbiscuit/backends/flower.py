@@ -7,15 +7,16 @@ A node is asked who its clients are whenever the federation asks, so nodes may c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedbiscuit.backends.bundle import Answer, Order, digest_of, pack_order, packed_adapter, unpack_answer
 from fedbiscuit.backends.flower_messages import message_bytes, record_of
-from fedbiscuit.types import ClientId, FederationError, Reply, Task, num_bytes
+from fedbiscuit.types import ClientId, EnvironmentFault, FederationError, Reply, Task, num_bytes
 
 __all__ = ["FlowerBackend"]
 
@@ -33,9 +34,12 @@ NODE_UNAVAILABLE = 5
 """Flower's code for a node that has not been heard of for a while."""
 EXPIRED = (3, 4)
 """Flower's codes for an order and an answer whose time was up before anybody fetched them, or that SuperLink has lost."""
+CARRIERS = ("httpx", "grpc")
+"""What Flower speaks through, by version; their errors mean that SuperLink is away."""
 NAMED = 5
 """Names in a reason; more are counted."""
 
+T = TypeVar("T")
 Said = Callable[[str], None]
 Registered = Callable[[], Mapping[int, tuple[str, Sequence[str]]]]
 """What each registered node is called and which clients it may have, as it stands now."""
@@ -73,7 +77,8 @@ class FlowerBackend:
         deadline, answers, is_waiting = time.monotonic() + self._timeout, dict[int, Answer](), False
         since: dict[int, str] = {}
         while True:
-            nodes, now = sorted(self._grid.get_node_ids()), self._activations()
+            now = self._activations(deadline)
+            nodes = sorted(now)
             settled = {node for node, answer in answers.items() if answer.order or not answer.error}
             asked = [node for node in nodes if node not in settled or now.get(node) != since.get(node)]
             since |= now
@@ -201,14 +206,14 @@ class FlowerBackend:
         deadline = time.monotonic() + self._timeout if deadline is None else deadline
         answers = {node: Answer(error=f"no answer within {self._timeout:g} seconds") for node in orders}
         packed = {node: pack_order(order) for node, order in orders.items()}
-        since = self._activations()
+        since = self._activations(deadline)
         waiting = self._push(packed, deadline)
         refused = Answer(error="SuperLink did not take the message; its log says why")
         answers |= dict.fromkeys(set(orders) - set(waiting.values()), refused)
         gone: set[int] = set()
         pause, looked = POLL, time.monotonic()
         while waiting:
-            came = list(self._grid.pull_messages(list(waiting)))
+            came = list(self._call(self._grid.pull_messages, list(waiting), deadline=deadline))
             for message in came:
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
                 if node is None or (message.has_error() and node in waiting.values()):
@@ -219,7 +224,7 @@ class FlowerBackend:
                 gone |= {node} if code == NODE_UNAVAILABLE else set()
                 waiting = {asked: other for asked, other in waiting.items() if other != node}
             if waiting and time.monotonic() - looked >= LOOK_EVERY:
-                now, looked = self._activations(), time.monotonic()
+                now, looked = self._activations(deadline), time.monotonic()
                 hoped = gone | set(waiting.values())
                 back = {node for node in hoped if now.get(node, since.get(node)) != since.get(node)}
                 since |= now
@@ -231,9 +236,23 @@ class FlowerBackend:
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())) if waiting else 0.0)
         return answers
 
-    def _activations(self) -> dict[int, str]:
+    def _activations(self, deadline: float) -> dict[int, str]:
         """When each node that is there has come."""
-        return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
+        return {node.node_id: node.last_activated_at for node in self._call(self._grid.get_nodes, deadline=deadline)}
+
+    def _call(self, call: Callable[..., Iterable[T]], *values: Any, deadline: float) -> Iterable[T]:
+        """A call of Flower's, which it makes again and again while SuperLink is away, but not beyond the time."""
+        if (invoker := getattr(self._grid, "_retry_invoker", None)) is not None:
+            invoker.max_time = max(LOOK_EVERY, deadline - time.monotonic())
+        try:
+            return call(*values)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in CARRIERS:
+                raise
+            raise EnvironmentFault(
+                f"SuperLink has not answered for {self._timeout:g} seconds (--timeout; {error or type(error).__name__}); look at its "
+                "log in the deploy folder, start the server again, and go on with --resume"
+            ) from error
 
     def _push(self, packed: Mapping[int, bytes], deadline: float) -> dict[str, int]:
         """Send them; the node of each message that SuperLink has taken."""
@@ -241,7 +260,7 @@ class FlowerBackend:
         for node, data in packed.items():
             self.bytes_down += len(data)
             messages.append(Message(record_of(data), node, "query", ttl=left))
-        taken = list(self._grid.push_messages(messages)) if messages else []
+        taken = list(self._call(self._grid.push_messages, messages, deadline=deadline)) if messages else []
         return {asked: node for asked, node in zip(taken, packed, strict=False) if asked}
 
     def _read(self, node: int, order: Order, digest: str, message: Message) -> Answer:
