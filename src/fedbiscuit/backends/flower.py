@@ -250,8 +250,8 @@ class FlowerBackend:
             if type(error).__module__.partition(".")[0] not in CARRIERS:
                 raise
             raise EnvironmentFault(
-                f"SuperLink has not answered for {self._timeout:g} seconds (--timeout; {error or type(error).__name__}); look at its "
-                "log in the deploy folder, start the server again, and go on with --resume"
+                f"SuperLink has not answered for {self._timeout:g} seconds (--timeout; {error or type(error).__name__}); "
+                "look at its log in the deploy folder, start the server again, and go on with --resume"
             ) from error
 
     def _push(self, packed: Mapping[int, bytes], deadline: float) -> dict[str, int]:
