@@ -172,6 +172,7 @@ def test_a_negative_value_is_a_value_and_not_an_option(calls, capsys):
         (["run", "a.yaml", "seed=1", "--dry-rnu"], "Unknown option: --dry-rnu."),
         (["config", "a.yaml", "--chekc"], "Did you mean --check?"),
         (["rnu", "a.yaml"], 'Did you mean "run"?'),
+        (["a.yaml"], "Available commands: data, server, client, station, run, train, label, align, ..."),
         (["run"], "CONFIG requires an argument"),
         (["data", "check"], "FILES requires an argument"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbiscuit import cli
+from fedbiscuit.cli.station import station_forget
 from fedbiscuit.station.app import create_app
 from fedbiscuit.station.background import Background
 from fedbiscuit.station.database import DATABASE
@@ -314,7 +314,7 @@ def test_deleting_says_so_where_another_process_still_reads_what_was_there(confe
         reader.execute("SELECT count(*) FROM pairs").fetchone()
         monkeypatch.setattr("fedbiscuit.station.database.BUSY_SECONDS", 0.05)
         station.store._connection.execute("PRAGMA busy_timeout = 50")
-        forget = station.forget_pair if by == "the page" else lambda id: cli.station_forget(pair=id, folder=folder)
+        forget = station.forget_pair if by == "the page" else lambda id: station_forget(pair=id, folder=folder)
         with pytest.raises(EnvironmentFault, match=r"deleted, but another process .* end every station of this folder"):
             forget(secret.id)
         assert SECRETS["prompt"].encode() not in (folder / COMPARISONS).read_bytes()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedbiscuit import cli
+from fedbiscuit.cli.station import station as station_command
 from fedbiscuit.station.nouns import Pair
 from fedbiscuit.station.queue import Asking
 from fedbiscuit.station.scoring import Scorer, digest_of_selectors
@@ -217,7 +217,7 @@ def started(tmp_path: Path, monkeypatch):
             "fedbiscuit.station.serving.serve",
             lambda desk, *_, **__: seen.append((desk.writer is not None, desk.asking)),
         )
-        cli.station(folder=tmp_path / "station", **options)
+        station_command(folder=tmp_path / "station", **options)
         return seen[0]
 
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "output_a": "x", "output_b": "y"}\n')

@@ -193,7 +193,7 @@ def test_instructions_come_from_an_array_from_lines_or_from_text(tmp_path):
 
 
 def test_every_task_has_its_tables_and_the_command_line_names_every_task():
-    from fedbiscuit.cli import evaluate
+    from fedbiscuit.cli.stages import evaluate
     from fedbiscuit.pipeline.tasks import TASKS
 
     assert set(TASKS) == set(TABLES)
