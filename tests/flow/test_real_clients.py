@@ -11,6 +11,7 @@ import pytest
 from tests.flow.test_run import digests, lines, settings, without_traffic, write_world
 from tests.flower_grid import DictGrid
 
+import fedbiscuit
 from fedbiscuit import pipeline
 from fedbiscuit.backends.bundle import Answer, pack_answer, unpack_order
 from fedbiscuit.backends.worker import Rules, Worker
@@ -110,6 +111,10 @@ def test_a_server_without_any_comparison_trains_over_its_sites_and_goes_on_with_
     assert json.loads((run / "selectors/groups.json").read_text())["adapter_of"].keys() == {
         f"person-{k}" for k in range(6)
     }
+    card = (fedbiscuit.export_run(run, tmp_path / "export", selector="all") / "README.md").read_text()
+    assert "held by 6 clients on machines of their own" in card
+    assert "whoever ran the server was sent none of their comparisons" in card
+    assert "simulated" not in card
     kept = (run / "selectors/u1/adapter_model.safetensors").read_bytes()
     shutil.rmtree(run / "selectors")  # as a crash right behind the last round would leave it
     pipeline.run_all(cfg, resume=True)
@@ -194,6 +199,7 @@ def test_a_job_says_how_it_has_ended_and_with_which_exit_code(tmp_path, tiny_mod
     job = {
         "config": str(tmp_path / "job.yaml"),
         "ended": str(tmp_path / "ended"),
+        "waiting": str(tmp_path / "waiting"),
         "folder": str(tmp_path),
         "resume": False,
     }

@@ -43,12 +43,13 @@ def worker(tmp_path: Path, echo: Echo, rules: Rules | None = None, model: str = 
     return Worker(lambda terms: part, rules or Rules(), tmp_path / f"{echo.names[0]}.jsonl")
 
 
-def backend(grid, timeout: float = 0.3, registered=None, said=None, least: int = 1):
+def backend(grid, timeout: float = 0.3, registered=None, said=None, least: int = 1, waits=None):
     """``registered``: a table, looked at whenever the nodes are asked."""
     from fedbiscuit.backends.flower import FlowerBackend
 
     known = None if registered is None else lambda: registered
-    return FlowerBackend(grid, "run", "terms", timeout, known, (said if said is not None else []).append, least)
+    say, wait = ((one if one is not None else []).append for one in (said, waits))
+    return FlowerBackend(grid, "run", "terms", timeout, known, say, least, wait)
 
 
 @pytest.fixture
@@ -363,7 +364,7 @@ def test_fault_80_sites_are_waited_for_until_enough_clients_are_there_but_not_fo
         return ids()
 
     grid.get_nodes = come
-    assert backend(grid, said=said, least=2, timeout=20.0).clients() == ["ann", "bo", "cy"]
+    assert backend(grid, waits=said, least=2, timeout=20.0).clients() == ["ann", "bo", "cy"]
     assert said == ["1 clients are there; waiting for 2, up to 20 seconds"]
     assert [node for node, _ in grid.seen] == [1, 2], "who has answered is not asked again"
     assert backend(DictGrid({}), least=2, timeout=0.05).clients() == []

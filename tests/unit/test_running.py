@@ -96,6 +96,21 @@ def test_a_run_that_nobody_begins_with_is_given_up_and_stopped(world, link):
     assert link.asked[-1] == ("stop", "7")
 
 
+def test_a_run_that_waits_for_its_clients_says_so_once(world, link, caplog, monkeypatch):
+    def goes(deploy: Deploy, *words: str) -> dict[str, object]:
+        if words[0] == "run":
+            assert not (world.jobs / "one.waiting").exists(), "of the run before"
+            (world.jobs / "one.waiting").write_text("1 clients are there; waiting for 3")
+        return link.ask(deploy, *words)
+
+    (world.jobs / "one.waiting").write_text("0 clients are there; waiting for 9")
+    monkeypatch.setattr(running, "ask", goes)
+    link.status = "pending"
+    with pytest.raises(FederationError, match=r"has not begun with this run in 0\.1 s"):
+        train(world)
+    assert [record.message for record in caplog.records] == ["1 clients are there; waiting for 3"]
+
+
 def test_a_run_that_superlink_calls_ended_and_that_said_nothing_has_failed(world, link, monkeypatch):
     link.status = "finished:failed"
     monkeypatch.setattr(running, "_log_of", lambda deploy, number: "its last words")

@@ -50,18 +50,19 @@ class FlowerBackend:
 
     ``run`` and ``terms`` go with every order. ``timeout``: seconds for one exchange, and for ``least`` clients to be there.
     ``registered`` is asked whenever the nodes are, so a site may be registered during a run; None where nodes have no keys, and
-    may name any client. ``bytes_down`` and ``bytes_up`` count what was really sent.
+    may name any client. ``say`` is told who takes no part, ``wait`` that too few are there. ``bytes_down`` and ``bytes_up`` count
+    what was really sent.
     """
 
     at_once = 0
 
     def __init__(
         self, grid: Grid, run: str, terms: str, timeout: float, registered: Registered | None = None,
-        say: Said = lambda text: None, least: int = 1,
+        say: Said = lambda text: None, least: int = 1, wait: Said = lambda text: None,
     ):  # fmt: skip
         self._grid, self._run, self._terms, self._timeout, self._least = grid, run, terms, timeout, least
         self._registered, self._sites = registered, dict[int, tuple[str, Sequence[str]]]()
-        self._say = say
+        self._say, self._wait = say, wait
         self._node_of: dict[ClientId, int] = {}
         self._holds: dict[int, set[str]] = {}
         self.away: Mapping[str, str] = {}
@@ -87,7 +88,10 @@ class FlowerBackend:
             if len(found) >= self._least or time.monotonic() + LOOK_EVERY >= deadline:
                 return found
             if not is_waiting:
-                self._say(f"{len(found)} clients are there; waiting for {self._least}, up to {self._timeout:g} seconds")
+                why = "".join(f"; {who}: {reason}" for who, reason in self.away.items())
+                self._wait(
+                    f"{len(found)} clients are there; waiting for {self._least}, up to {self._timeout:g} seconds{why}"
+                )
             is_waiting = True
             time.sleep(LOOK_EVERY)
 

@@ -69,17 +69,20 @@ APP = "from fedbiscuit import flower_app\n\nclient = flower_app.client\nserver =
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """The files of a run at the server: its settings, what the ServerApp is told, Flower's number of it, and how it has ended."""
+    """The files of a run at the server: its settings, what the ServerApp is told, Flower's number of it, whether it waits for
+    clients, and how it has ended.
+    """
 
     name: str
     config: Path
     asked: Path
     number: Path
     ended: Path
+    waiting: Path
 
     @classmethod
     def of(cls, folder: Path, name: str) -> _Job:
-        return cls(name, *(folder / f"{name}.{end}" for end in ("yaml", "json", "number", "ended.json")))
+        return cls(name, *(folder / f"{name}.{end}" for end in ("yaml", "json", "number", "ended.json", "waiting")))
 
     def now(self) -> str:
         """Flower's number of the run that was begun last and has not said how it has ended, or nothing."""
@@ -167,12 +170,13 @@ def _place_of(cfg: Config) -> Path:
 def _submit(server: Deploy, job: _Job, cfg: Config, resume: bool, timeout: float) -> str:
     """Flower's number of a new run that does this job."""
     sites_of(server)  # a table that cannot be read is said here, not minutes later in a log
-    for left in (job.number, job.ended):
+    for left in (job.number, job.ended, job.waiting):
         left.unlink(missing_ok=True)
     job.config.write_text(dump_config(cfg), encoding="utf-8")
     asked = {
         "config": str(job.config),
         "ended": str(job.ended),
+        "waiting": str(job.waiting),
         "folder": os.getcwd(),
         "run": str(_place_of(cfg)),
         "resume": resume,
@@ -209,7 +213,11 @@ def _follow(server: Deploy, job: _Job, number: str, cfg: Config, timeout: float,
     metrics = run_path(cfg.runs_dir, cfg.name) / "metrics.jsonl"
     place, status, is_silent = _rounds(metrics, 0)[1], "", False
     begun = heard = asked = time.monotonic()
+    waits = ""
     while True:
+        waits, waited = job.waiting.read_text(encoding="utf-8") if job.waiting.exists() else "", waits
+        if waits not in ("", waited):
+            log.warning("%s", waits)
         said = job.ending(number)
         has_ended = bool(said) or status.startswith("finished")
         rows, place = _rounds(metrics, place)

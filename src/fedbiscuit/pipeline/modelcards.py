@@ -46,7 +46,8 @@ class Facts:
 
     quantize: how the base was held in training. base: its name that may be handed on. known_as: its name on the Hub, or
     nothing. rounds: how many were run. num_bytes: sent by clients and by the server, all rounds together. num_pairs: that
-    the policy was trained on. data: ``left_out.json``. evaluation: ``evaluation.json``, empty where there is none.
+    the policy was trained on. data: ``left_out.json``. evaluation: ``evaluation.json``, empty where there is none. real_clients:
+    how many took part from machines of their own.
     """
 
     cfg: Config
@@ -60,6 +61,7 @@ class Facts:
     num_pairs: int
     data: Mapping[str, Any]
     evaluation: Mapping[str, Any]
+    real_clients: int = 0
 
 
 def selector_card(facts: Facts, numbers: Sequence[int], temperature: float) -> str:
@@ -130,6 +132,11 @@ def _data(facts: Facts) -> str:
     if facts.cfg.labels.selectors:
         return "The selectors that labeled were trained in another run; their card says on what."
     who = "simulated people of the built-in demo world" if facts.cfg.data.source == "demo" else "people"
+    if facts.real_clients:
+        return (
+            f"Comparisons of {who}, held by {facts.real_clients} clients on machines of their own. "
+            "None of them is in this folder."
+        )
     counts: Mapping[str, int] = facts.data.get("comparisons") or {}
     held = ", ".join(f"{count} to {USES[part]}" for part, count in counts.items() if part in USES)
     clients, new = facts.data.get("clients", "an unrecorded number of"), facts.data.get("new_clients")
@@ -232,13 +239,17 @@ def _privacy(facts: Facts) -> str:
             LEAVES.get(chosen.grouping, LOSSES) if facts.num_selectors > 1 and chosen.population == "federated" else ""
         )
         sent, received = facts.num_bytes
+        where = (
+            "The clients trained on machines of their own, and whoever ran the server was sent none of their comparisons."
+            if facts.real_clients
+            else "The clients were simulated in one process, so whoever ran it held all comparisons."
+        )
         left = (
             "What left a client in a round that it took part in: the change of its adapter's weights and how many comparisons "
             "were used"
             + (f"; {seats}" if seats else "")
             + ". No prompt, no answer and no single choice was sent. In all, clients "
-            f"sent {sent / 1e6:.1f} MB and were sent {received / 1e6:.1f} MB. The clients were simulated in one process, so "
-            "whoever ran it held all comparisons."
+            f"sent {sent / 1e6:.1f} MB and were sent {received / 1e6:.1f} MB. {where}"
         )
     return left + (
         "\n\nWhat is not guaranteed: this run used no differential privacy and no secure sums. The server saw each client's "

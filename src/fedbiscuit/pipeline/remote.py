@@ -28,7 +28,8 @@ def train_remotely(grid: Grid, job: Path, number: int) -> None:
 
     The job is JSON: config, a file with all settings; ended, where to say how it has ended, with Flower's ``number`` of this
     run, for there may have been another; resume; folder, where its paths are seen from; timeout, seconds for one exchange;
-    registered, the file that says which nodes may have which clients, read whenever they are asked, or nothing.
+    registered, the file that says which nodes may have which clients, read whenever they are asked, or nothing; waiting, where to
+    say that too few clients are there.
     """
     from fedbiscuit.backends.flower import FlowerBackend
 
@@ -40,11 +41,15 @@ def train_remotely(grid: Grid, job: Path, number: int) -> None:
         sites = load_json(path, path.read_bytes())
         return {int(node): (site["key"], site["clients"]) for node, site in sites.items()}
 
+    def wait(text: str) -> None:
+        log.warning("%s", text)
+        atomic_write(Path(asked["waiting"]), text)
+
     def connect(session: Session) -> FlowerBackend:
         terms = terms_of(session.cfg, session.lm.digest)
         known = registered if asked["registered"] else None
         least = session.cfg.selectors.min_replies
-        return FlowerBackend(grid, session.cfg.name, terms, asked["timeout"], known, log.warning, least)
+        return FlowerBackend(grid, session.cfg.name, terms, asked["timeout"], known, log.warning, least, wait)
 
     error: BaseException | None = None
     try:

@@ -256,8 +256,13 @@ def open_session(
         run.check_same("manifest.json", {"data": dataset.digests}, "data files")
         session = Session(cfg, run, dataset, progress, dict(dataset.left_out), devices=devices, connect=connect)
         if run.read_json("manifest.json") is None:
-            digests = {"data": dataset.digests, "model": session.lm.digest, "seed": cfg.seed}
-            run.write_json("manifest.json", machine_manifest(device=str(session.lm.device)) | digests)
+            kept = {
+                "data": dataset.digests,
+                "model": session.lm.digest,
+                "seed": cfg.seed,
+                "real_clients": connect is not None,
+            }
+            run.write_json("manifest.json", machine_manifest(device=str(session.lm.device)) | kept)
         else:
             run.check_same("manifest.json", {"model": session.lm.digest}, "base model")
             now = machine_manifest(device=str(session.lm.device))

@@ -150,6 +150,7 @@ def _facts(run: RunDir, cfg: Config, place: Path, merged: bool, base: str) -> Fa
     found: dict[str, Any] = run.read_json("evaluation.json") or {}
     labels: dict[str, Any] = run.read_json("labels.json") or {}
     adapters = {u for row in rows for u in row.get("adapter_of", {}).values()}
+    was_real = (run.read_json("manifest.json") or {}).get("real_clients", False)
     return Facts(
         cfg=cfg,
         quantize=quantize_of(base_of(place)),
@@ -162,4 +163,5 @@ def _facts(run: RunDir, cfg: Config, place: Path, merged: bool, base: str) -> Fa
         num_pairs=labels.get("pairs", 0),
         data=run.read_json("left_out.json") or {},
         evaluation=found,
+        real_clients=len({client for row in rows for client in row["cohort"]}) if was_real else 0,
     )
