@@ -8,6 +8,9 @@ FLOWER := .venv/.set-up-flower
 DOCS := .venv/.set-up-docs
 MAKEFLAGS += --no-print-directory
 
+# Libraries keep their bytecode even where the environment forbids it: without, each start of torch takes twice as long.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help quickstart quickstart-flower test check bench quality docs clean
 
 help:
@@ -31,7 +34,7 @@ quickstart-flower: $(FLOWER)
 	$(BIN)/python examples/quickstart_flower.py
 
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not quality" -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not quality" -n 2 --dist loadscope --no-loadscope-reorder
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

@@ -137,7 +137,7 @@ def test_a_site_that_leaves_for_ever_is_named_and_the_others_go_on(tmp_path, tin
 
     nodes_before, nodes[3] = nodes[3], leaves
     cfg = settings(tmp_path, tiny_model, *CHANGES, "selectors.cohort_size=2", name="there")
-    run = pipeline.train_selectors(cfg, connect=over(DictGrid(nodes), 5.0))
+    run = pipeline.train_selectors(cfg, connect=over(DictGrid(nodes), 1.0))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     assert all(row["metrics"]["num_replies"] > 0 for row in rows)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
     reason="SKIPPED: flwr is not installed, so no federation over Flower is run (pip install 'fedbiscuit[flower]')",
 )
 
-CHANGES = ("evaluation.compare_global=false", "selectors.rounds=3")
+CHANGES = ("evaluation.compare_global=false", "selectors.rounds=3", "selectors.price_steps=2")
 COMMAND = [sys.executable, "-W", "ignore", "-m", "fedbiscuit"]
 
 
