@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from fedbiscuit.types import ClientId
@@ -51,6 +52,8 @@ WARM_MARKERS = (
 )
 MARKER = re.compile(r"\b(?:" + "|".join(f"(?P<m{i}>{marker})" for i, marker in enumerate(WARM_MARKERS)) + r")(?!\w)")
 ADDRESS = re.compile(r"\byou(rs?|rself|'\w+)?\b")
+KEPT = lru_cache(maxsize=1 << 14)
+"""Every answer is looked at by both groups, and many are drawn again."""
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+")
 
 
@@ -59,6 +62,7 @@ def words(text: str) -> list[str]:
     return WORD.findall(_plain(text))
 
 
+@KEPT
 def warmth(text: str) -> float:
     """0 (plain) to 1: how many different warm phrases a text has, and how much it exclaims and addresses the reader.
 
@@ -74,12 +78,14 @@ def warmth(text: str) -> float:
     return 1.0 - math.exp(-phrases - 0.4 * exclaimed - 0.4 * addressed)
 
 
+@KEPT
 def length(text: str) -> float:
     """0 to 1: 0.04 for 10 words, 0.5 for 22, 0.78 for 30, 0.92 for 40."""
     ratio = (len(words(text)) / MIDDLE_LENGTH) ** 4
     return ratio / (1.0 + ratio)
 
 
+@KEPT
 def quality(prompt: str, text: str) -> float:
     """0 (useless) to 1: says something beside the prompt and warm phrases, is not repetitive, is made of words."""
     listed = words(text)
