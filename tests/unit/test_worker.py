@@ -602,3 +602,6 @@ def test_a_site_looks_at_what_came_after_it_has_answered_and_a_diary_that_fails_
     world.worker.look_back()
     assert "learned.jsonl: no line for ann in round 1: no space" in caplog.text
     assert world.ask(replace(TRAIN, round=2)).replies[0].ok
+    assert world.ask(run="another").error == ""
+    world.worker.look_back()
+    assert "in round 2" not in caplog.text, "the run before is closed, and its base model with it"

@@ -50,8 +50,8 @@ class FlowerBackend:
 
     ``run`` and ``terms`` go with every order. ``timeout``: seconds for one exchange, and for ``least`` clients to be there.
     ``registered`` is asked whenever the nodes are, so a site may be registered during a run; None where nodes have no keys, and
-    may name any client. ``say`` is told who takes no part, ``wait`` that too few are there. ``bytes_down`` and ``bytes_up`` count
-    what was really sent.
+    may name any client. ``say`` is told who takes no part, ``wait`` that too few are there, and nothing once that is over.
+    ``bytes_down`` and ``bytes_up`` count what was really sent.
     """
 
     at_once = 0
@@ -86,6 +86,8 @@ class FlowerBackend:
             answers |= self._exchange({node: Order(self._run, self._terms) for node in asked}, deadline)
             found = self._owned({node: answers[node] for node in nodes})
             if len(found) >= self._least or time.monotonic() + LOOK_EVERY >= deadline:
+                if is_waiting:
+                    self._wait("")
                 return found
             if not is_waiting:
                 why = "".join(f"; {who}: {reason}" for who, reason in self.away.items())
@@ -254,7 +256,7 @@ class FlowerBackend:
             if type(error).__module__.partition(".")[0] not in CARRIERS:
                 raise
             raise EnvironmentFault(
-                f"SuperLink has not answered for {self._timeout:g} seconds (--timeout; {error or type(error).__name__}); "
+                f"SuperLink gave no answer that can be used (--timeout is {self._timeout:g} s): {error or type(error).__name__}; "
                 "look at its log in the deploy folder, start the server again, and go on with --resume"
             ) from error
 

@@ -186,6 +186,7 @@ class Worker:
         if self._opened is None or self._opened[:2] != (order.run, order.terms):
             self._opened = None  # the memory of the last run, before that of the next
             self._done.clear()
+            self._to_look_at.clear()
             part = self.open_run(order.terms)
             if self.rules.models and part.model not in self.rules.models:
                 raise FederationError(

@@ -29,7 +29,7 @@ def train_remotely(grid: Grid, job: Path, number: int) -> None:
     The job is JSON: config, a file with all settings; ended, where to say how it has ended, with Flower's ``number`` of this
     run, for there may have been another; resume; folder, where its paths are seen from; timeout, seconds for one exchange;
     registered, the file that says which nodes may have which clients, read whenever they are asked, or nothing; waiting, where to
-    say that too few clients are there.
+    say that too few clients are there, for as long as that is so.
     """
     from fedbiscuit.backends.flower import FlowerBackend
 
@@ -42,7 +42,8 @@ def train_remotely(grid: Grid, job: Path, number: int) -> None:
         return {int(node): (site["key"], site["clients"]) for node, site in sites.items()}
 
     def wait(text: str) -> None:
-        log.warning("%s", text)
+        if text:
+            log.warning("%s", text)
         atomic_write(Path(asked["waiting"]), text)
 
     def connect(session: Session) -> FlowerBackend:
