@@ -25,21 +25,27 @@ MEASURE = """
 const inside = (a, b) => a.left >= b.left - 1 && a.right <= b.right + 1 && a.top >= b.top - 1 && a.bottom <= b.bottom + 1;
 const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
   && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4;
+// Letters, not lines: a font with high lines reaches into its neighbour's without touching a letter of it.
+function place(text, scale, style) {
+  const b = text.getBoundingClientRect(), high = 1.17 * scale * parseFloat(style.fontSize), turned = Math.abs(text.getCTM().b) > 0.01;
+  const x = turned ? Math.max(0, (b.width - high) / 2) : 0, y = turned ? 0 : Math.max(0, (b.height - high) / 2);
+  return {left: b.left + x, right: b.right - x, top: b.top + y, bottom: b.bottom - y, height: b.height - 2 * y};
+}
 function measure(frame) {
   const page = frame.contentDocument, found = {};
   found.width = page.documentElement.scrollWidth;
   found.background = frame.contentWindow.getComputedStyle(page.body).backgroundColor;
   found.figures = [...page.querySelectorAll('figure svg')].map(svg => {
     const texts = [...svg.querySelectorAll('text')].filter(t => t.textContent.trim());
-    const boxes = texts.map(t => t.getBoundingClientRect());
-    const frame = svg.getBoundingClientRect();
+    const around = svg.getBoundingClientRect(), scale = around.width / svg.viewBox.baseVal.width;
+    const boxes = texts.map(t => place(t, scale, frame.contentWindow.getComputedStyle(t)));
     const met = [];
     boxes.forEach((a, i) => boxes.forEach((b, j) => {
       if (i < j && meet(a, b)) met.push([texts[i].textContent, texts[j].textContent]);
     }));
     return {
-      name: svg.parentElement.id, width: frame.width, letters: Math.min(...boxes.map(b => b.height)), met: met,
-      cut: texts.filter((_, i) => !inside(boxes[i], frame)).map(t => t.textContent),
+      name: svg.parentElement.id, width: around.width, letters: Math.min(...boxes.map(b => b.height)), met: met,
+      cut: texts.filter((_, i) => !inside(boxes[i], around)).map(t => t.textContent),
     };
   });
   document.getElementById('found').textContent = JSON.stringify(found);
