@@ -104,7 +104,7 @@ class Worker:
     _opened: tuple[str, str, TakingPart] | None = None
     _adapters: dict[str, Weights] = field(default_factory=dict)
     _done: dict[tuple[object, ...], Reply] = field(default_factory=dict)
-    _to_look_at: list[tuple[str, TakingPart, Task]] = field(default_factory=list)
+    _to_look_at: list[tuple[TakingPart, Task]] = field(default_factory=list)
     _working: threading.Lock = field(default_factory=threading.Lock)
     _noting: threading.Lock = field(default_factory=threading.Lock)
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -137,9 +137,9 @@ class Worker:
         """
         while self._to_look_at and not self._stopping.is_set():
             with self._working:
-                if not self._to_look_at:
+                if not self._to_look_at or self._opened is None:
                     return
-                run, part, task = self._to_look_at.pop(0)
+                run, (part, task) = self._opened[0], self._to_look_at.pop(0)
                 ((u, adapter),) = task.adapters.items()
                 try:
                     found = part.look(task.client, adapter) if part.look is not None else {}
@@ -171,7 +171,7 @@ class Worker:
             if lacks := sorted(wanted - self._adapters.keys()):
                 return Answer(self._named(part), lacks=lacks)
             replies = [
-                self._reply(order, part, task, one) if is_awaited() else Reply(task.client, ok=False, error=TOO_LATE)
+                self._reply(part, task, one) if is_awaited() else Reply(task.client, ok=False, error=TOO_LATE)
                 for task, one in zip(order.tasks, order.wanted, strict=True)
             ]
             _keep_last(self._adapters, num_bytes)
@@ -196,7 +196,7 @@ class Worker:
             self._opened = order.run, order.terms, part
         return self._opened[2]
 
-    def _reply(self, order: Order, part: TakingPart, task: Task, wanted: Mapping[int, str]) -> Reply:
+    def _reply(self, part: TakingPart, task: Task, wanted: Mapping[int, str]) -> Reply:
         """The reply to a task, computed once. One that failed is computed again when it is asked for again."""
         if refusal := self._refusal(part, task):
             return Reply(task.client, ok=False, error=refusal)
@@ -216,7 +216,7 @@ class Worker:
             adapters = {u: self._adapters[digest] for u, digest in wanted.items()}
             reply = part.backend.run([full := replace(task, adapters=adapters)])[0]
             if task.kind == "train" and reply.ok and part.look is not None:
-                self._to_look_at.append((order.run, part, full))
+                self._to_look_at.append((part, full))
         if reply.ok:
             self._done[key] = reply
         return reply

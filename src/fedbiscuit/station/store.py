@@ -265,9 +265,8 @@ class Store:
 
         What this person has answered here already stays, and the other store's lines about it are left out.
         """
-        other: set[str] = (
-            set()
-        )  # in a copy of this folder, a token of ours has another answer: its lines speak of that one
+        # In a copy of this folder a token of ours may have another answer: its lines speak of that one.
+        other = set[str]()
         new = 0
         with self._transaction() as db:
             for event in events:
