@@ -58,8 +58,8 @@ def test_kill_9_at_any_moment_loses_at_most_the_click_in_flight(tmp_path):
     kills = 0
     for _ in range(10):
         process = subprocess.Popen(
-            [sys.executable, "-c", JUDGING, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+            [sys.executable, "-c", JUDGING, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        )  # no buffer: communicate would not give what a readline had read ahead
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         told += [process.stdout.readline().decode().strip() for _ in range(draw.randint(0, 12))]
