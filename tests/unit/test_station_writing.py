@@ -300,6 +300,46 @@ def test_the_same_prompts_test_another_policy_and_the_result_is_of_the_last_one(
     second.close()
 
 
+def test_a_second_policy_is_measured_on_all_its_prompts_also_where_it_writes_what_is_there_already(store):
+    """Of four: two texts are the raw model's again, one is as policy one wrote it, one is new."""
+
+    def start(name: str, says: dict[str, str]) -> Station:
+        other = Author(name, lambda prompt, count, progress: [says[prompt]])
+        station = Station(
+            store, "ann", Asking(repeat_every=0), lambda: Authors(other, (Author("model tiny", echo), other))
+        )
+        station.ask([f"p{number}" for number in range(4)], blind=True)
+        settled(station.writer)
+        return station
+
+    raw = {f"p{number}": f"answer 0 to p{number}" for number in range(4)}
+    first = start("policy one", {**raw, "p2": "better", "p3": "worse"})
+    while (shown := first.present(blind=True)) is not None:
+        first.judge(shown.token, int(shown.first == raw[shown.pair.prompt]))
+    assert blind_result(store, "ann")["wins"] == 2
+    first.close()
+    second = start("policy two", {**raw, "p2": "better", "p3": "new"})
+    assert len(store.pairs()) == 8
+    assert blind_result(store, "ann") is None
+    while (shown := second.present(blind=True)) is not None:
+        second.judge(shown.token, int(shown.first == raw[shown.pair.prompt]))
+    second.close()
+    result = blind_result(store, "ann")
+    assert (result["name"], result["wins"], result["losses"], result["ties"], result["alike"]) == (
+        "policy two",
+        2,
+        0,
+        2,
+        2,
+    )
+    assert result["win_rate"] == 0.75
+    start("policy two", {}).close()  # it need not write again
+    assert store.prompts("failed") == []
+    start("policy three", raw).close()  # nothing to ask, and that is its result
+    result = blind_result(store, "ann")
+    assert (result["name"], result["win_rate"], result["alike"]) == ("policy three", 0.5, 4)
+
+
 def test_where_all_agree_the_interval_of_the_blind_test_still_says_how_little_ten_are(store):
     store.add_pairs([Pair.of(f"p{n}", "raw", "better", "model tiny", "policy one", blind=True) for n in range(10)])
     for pair in store.pairs():

@@ -9,12 +9,13 @@ import stat
 from pathlib import Path
 
 from fedbiscuit.rundir.disk import disk_faults
+from fedbiscuit.station.nouns import pair_id
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError
 
 __all__ = ["DATABASE", "fault_of", "open_database", "private_folder"]
 
 DATABASE = "station.sqlite"
-VERSION = 1
+VERSION = 2
 BUSY_SECONDS = 30.0
 """So long a call waits for another process that is at the file."""
 
@@ -119,9 +120,22 @@ def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> No
         _execute(connection, SCHEMA)
         drawn = secrets.randbits(62) if seed is None else seed
         connection.execute("INSERT INTO facts VALUES ('seed', ?)", (str(drawn),))
+    if version == 1:
+        _name_blind_pairs(connection)
+    if version < VERSION:
         connection.execute(f"PRAGMA user_version = {VERSION}")
     _execute(connection, INDEXES)
     connection.execute("COMMIT")
+
+
+def _name_blind_pairs(connection: sqlite3.Connection) -> None:
+    """Version 1 named pairs of the blind test by their texts alone, so that a second policy lost those that it wrote alike."""
+    connection.execute("PRAGMA defer_foreign_keys = ON")
+    columns = "id, prompt, output_a, output_b, source_a, source_b"
+    for old, *texts, raw, aligned in connection.execute(f"SELECT {columns} FROM pairs WHERE blind").fetchall():
+        new = pair_id(*texts, (raw, aligned))
+        for table, column in (("pairs", "id"), ("presentations", "pair"), ("disagreements", "pair")):
+            connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (new, old))
 
 
 def _execute(connection: sqlite3.Connection, statements: str) -> None:

@@ -29,7 +29,6 @@ from fedbiscuit.station.nouns import (
     Presentation,
     Prompt,
     check_readable,
-    pair_id,
     utc_now,
 )
 from fedbiscuit.types import DataError, EnvironmentFault, seed_for
@@ -415,7 +414,7 @@ def _insert_pair(db: sqlite3.Connection, pair: Pair) -> int:
     return db.execute(
         f"INSERT OR IGNORE INTO pairs ({_PAIR}, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (
-            pair_id(pair.prompt, pair.output_a, pair.output_b),
+            pair.id,
             pair.prompt,
             pair.output_a,
             pair.output_b,

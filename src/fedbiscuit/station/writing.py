@@ -245,7 +245,7 @@ def blind_result(store: Store, person: str) -> dict[str, Any] | None:
     """This person's own verdict on the policy that was tested last: ``name``, its ``win_rate`` with its 95% ``interval``
     (Wilson's), ``wins``, ``losses``, ``ties``; ``alike``: how many of the ties were the same text, which nobody was asked about.
 
-    None before the first judgement of it.
+    None before the first judgement of it, if there is anything to judge.
     """
     tested = [pair for pair in store.pairs() if pair.blind]
     if not tested:
@@ -257,9 +257,9 @@ def blind_result(store: Store, person: str) -> dict[str, Any] | None:
         for event in store.history(person)
         if event.kind == "judged" and not event.undone and event.showing == 0 and event.pair in mine
     }
-    if not said:
-        return None
     alike = sum(pair.output_a == pair.output_b for pair in mine.values())
+    if not said and alike < len(mine):
+        return None
     points = [*said.values(), *[0.5] * alike]
     found = share(sum(points), len(points))
     assert found is not None
