@@ -111,6 +111,50 @@ def test_a_model_that_cannot_be_loaded_is_said_and_tried_again_when_asked(store)
     writer.close()
 
 
+def test_what_went_wrong_is_not_said_any_more_once_it_is_tried_again(store):
+    """Neither while the model is loaded, nor while the rest of a long queue is written."""
+    steps = {name: (threading.Event(), threading.Event()) for name in ("load", "one", "two")}
+    broken = [True]
+
+    def step(name: str) -> None:
+        begun, go_on = steps[name]
+        begun.set()
+        assert go_on.wait(60)
+
+    def load() -> Authors:
+        if broken:
+            raise RuntimeError("out of memory")
+        step("load")
+        return authors(write)()
+
+    def write(prompt: str, count: int, progress: Callable[[float], None]) -> list[str]:
+        step(prompt)
+        if prompt == "two":
+            raise RuntimeError("out of memory again")
+        return echo(prompt, count, progress)
+
+    store.add_prompts(["one", "two"])
+    writer = Writer(store, "ann", load)
+    assert writer.settle(60)
+    assert (writer.status().state, writer.status().error) == ("failed", "RuntimeError: out of memory")
+    broken.clear()
+    writer.retry()
+    assert writer.status().error == ""
+    for name, state in (("load", "loading"), ("one", "writing"), ("two", "writing")):
+        assert steps[name][0].wait(60)
+        assert (writer.status().state, writer.status().error) == (state, "")
+        steps[name][1].set()
+    assert writer.settle(60)
+    assert (writer.status().state, writer.status().error) == ("failed", "RuntimeError: out of memory again")
+    steps["two"][0].clear()
+    steps["two"][1].clear()
+    writer.nudge()  # as after a judgement
+    assert steps["two"][0].wait(60)
+    assert (writer.status().state, writer.status().error) == ("writing", "")
+    steps["two"][1].set()
+    writer.close()
+
+
 def test_no_model_is_loaded_before_a_prompt_waits(store):
     def load() -> Authors:
         raise AssertionError("loaded for nothing")

@@ -86,6 +86,7 @@ class Writer:
         """Try again what failed."""
         self._store.retry()
         self._unloaded = None
+        self._thread.error = ""
         self._thread.nudge()
 
     def settle(self, seconds: float = 60.0) -> bool:
@@ -127,7 +128,7 @@ class Writer:
                 raw, aligned = self._authors.blind
                 if self._store.tested_before(prompt, raw.name, aligned.name):
                     return True
-            self._state, self._share = "writing", 0.0
+            self._state, self._share, self._thread.error = "writing", 0.0, ""  # what went wrong before is over
             self._store.answered(prompt, _pair_by(self._authors, prompt, self._progress))
         except _StoppedError:
             return False
@@ -144,7 +145,7 @@ class Writer:
         waiting = frozenset(prompt.id for prompt in self._store.prompts("waiting"))
         if self._unloaded is not None and waiting <= self._unloaded[1]:
             raise self._unloaded[0]
-        self._state = "loading"
+        self._state, self._thread.error = "loading", ""
         try:
             authors = self._load()
         except Exception as error:
