@@ -339,6 +339,27 @@ def test_a_history_comes_back_into_a_copy_of_its_folder_where_the_same_showings_
         assert list(records(copy))[-1]["prompt"] == "new 3"
 
 
+def test_an_undo_in_a_copy_of_the_folder_takes_back_nothing_that_stands_here(store, tmp_path):
+    token = present_new(store, "known to both")
+    store.judge(token, 0)
+    with Store.open(tmp_path / "copy", seed=5) as copy:
+        store._connection.backup(copy._connection)
+    with Store.open(tmp_path / "copy") as copy:
+        again = copy.undo("ann", token)
+        copy.judge(again.token, 1)
+        gone = copy.judge(present_new(copy, "only there"), 0).token
+        copy.undo("ann", gone)
+        export(copy, tmp_path / "history.jsonl", "history")
+    found = import_file(store, tmp_path / "history.jsonl")
+    assert (found.pairs, found.judgements) == (1, 2)
+    assert [(event.kind, event.token, event.undone) for event in store.history()] == [
+        ("judged", token, False),
+        ("judged", gone, True),
+        ("undone", gone, False),
+    ]
+    assert [(row["prompt"], row["choice"]) for row in records(store)] == [("known to both", 0)]
+
+
 def test_prompts_come_from_lines_of_text_or_of_json(store, tmp_path):
     (tmp_path / "prompts.txt").write_text("Why is the sky blue?\n\nWho was Ada?\n", encoding="utf-8")
     assert import_prompts(store, tmp_path / "prompts.txt") == 2

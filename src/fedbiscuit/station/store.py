@@ -262,10 +262,10 @@ class Store:
     def restore(self, events: Sequence[Event]) -> int:
         """Append lines of another store's history, with their tokens and times; how many were not known.
 
-        What this person has answered here already stays, and the other store's lines about it are left out.
+        What this person has answered here already stays, and the other store's lines about it are left out, also an undo.
         """
         # In a copy of this folder a token of ours may have another answer: its lines speak of that one.
-        other = set[str]()
+        other, known = set[str](), set[str]()
         new = 0
         with self._transaction() as db:
             for event in events:
@@ -274,9 +274,11 @@ class Store:
                         "SELECT kind, choice, time FROM history WHERE token = ? AND kind IN ('judged', 'skipped')",
                         (event.token,),
                     ).fetchall()
+                    if here:
+                        known.add(event.token)
                     if here not in ([], [(event.kind, event.choice, event.time)]):
                         other.add(event.token)
-                if event.token not in other:
+                if event.token not in other and not (event.kind == "undone" and event.token in known):
                     new += _restore(db, event)
         return new
 
