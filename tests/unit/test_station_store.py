@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import stat
@@ -15,7 +16,7 @@ from fedbiscuit.cli.station import station_forget
 from fedbiscuit.station.app import create_app
 from fedbiscuit.station.background import Background
 from fedbiscuit.station.database import DATABASE
-from fedbiscuit.station.exchange import COMPARISONS, refresh
+from fedbiscuit.station.exchange import COMPARISONS, export, refresh
 from fedbiscuit.station.nouns import Pair, pair_id
 from fedbiscuit.station.queue import Asking
 from fedbiscuit.station.station import Station
@@ -333,6 +334,32 @@ def test_a_full_disk_is_called_so_and_the_store_goes_on_when_there_is_room(store
     assert store.pairs() == [BASIL]
     store._connection.execute("PRAGMA max_page_count = 1000000")
     assert store.add_pairs([Pair.of("p", "x", "y")]) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("what", ["the folder", "the store", "the file beside it", "an export"])
+def test_what_the_disk_refuses_comes_with_a_step_that_a_station_has(store, tmp_path, monkeypatch, what, number):
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    store.judge(store.show("ann", BASIL.id, 0, False).token, 0)
+    place, do = {
+        "the folder": ("pathlib.Path.mkdir", lambda: Store.open(tmp_path / "new")),
+        "the store": ("os.open", lambda: Store.open(store.folder)),
+        "the file beside it": ("fedbiscuit.rundir.disk.write_synced", lambda: refresh(store)),
+        "an export": ("fedbiscuit.rundir.disk.write_synced", lambda: export(store, tmp_path / "mine.jsonl")),
+    }[what]
+    monkeypatch.setattr(place, refused)
+    with pytest.raises(EnvironmentFault) as error:
+        do()
+    said = str(error.value)
+    assert "--resume" not in said
+    assert "runs_dir" not in said
+    if number == errno.ENOSPC:
+        assert "the disk is full" in said
+        assert "make room" in said
+    else:
+        assert ("name another file" if what == "an export" else "name another --folder") in said
 
 
 # The work of a click

@@ -8,14 +8,18 @@ import sqlite3
 import stat
 from pathlib import Path
 
-from fedbiscuit.rundir.disk import disk_faults
+from fedbiscuit.rundir.disk import Steps, disk_faults
 from fedbiscuit.station.nouns import pair_id
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError
 
-__all__ = ["DATABASE", "fault_of", "open_database", "private_folder"]
+__all__ = ["DATABASE", "STEPS", "fault_of", "open_database", "private_folder"]
 
 DATABASE = "station.sqlite"
 VERSION = 2
+STEPS = Steps(
+    "make room; what was answered before is kept",
+    "give yourself the right to write there, or name another --folder",
+)
 BUSY_SECONDS = 30.0
 """So long a call waits for another process that is at the file."""
 
@@ -63,7 +67,7 @@ CREATE INDEX IF NOT EXISTS pairs_alike ON pairs (number) WHERE output_a = output
 
 def private_folder(folder: Path) -> None:
     """The folder, for its owner alone. One that holds other things is not closed without being asked."""
-    with disk_faults(folder):
+    with disk_faults(folder, steps=STEPS):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
         if found.st_uid != os.geteuid():
@@ -76,7 +80,7 @@ def private_folder(folder: Path) -> None:
 
 def open_database(path: Path, seed: int | None) -> sqlite3.Connection:
     """A connection to a file that is made if it is not there; ``seed`` is kept in a new one."""
-    with disk_faults(path):
+    with disk_faults(path, steps=STEPS):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         os.fchmod(descriptor, 0o600)  # SQLite gives -wal and -shm the same mode
         os.close(descriptor)

@@ -16,9 +16,10 @@ from fedbiscuit.data.comparisons import COMPARISONS
 from fedbiscuit.data.jsonlines import iter_objects, shown
 from fedbiscuit.data.records import comparison_of
 from fedbiscuit.data.sources import read_prompts, split_prompts
-from fedbiscuit.rundir.disk import atomic_write
+from fedbiscuit.rundir.disk import Steps, atomic_write
 from fedbiscuit.rundir.lock import process_lives
 from fedbiscuit.rundir.values import dump_json
+from fedbiscuit.station.database import STEPS
 from fedbiscuit.station.history import history_records, read_history
 from fedbiscuit.station.nouns import Event, Pair
 from fedbiscuit.station.store import Store
@@ -86,7 +87,8 @@ def export(store: Store, path: Path, form: Form = "comparisons", person: str | N
     if not lines:
         who = "nobody" if person is None else person
         raise DataError(f"{store.folder}: {who} has judged nothing that could be exported; nothing was written")
-    atomic_write(path, "".join(lines), 0o600)
+    steps = Steps("make room, then export again", "give yourself the right to write there, or name another file")
+    atomic_write(path, "".join(lines), 0o600, steps)
     return len(lines)
 
 
@@ -101,7 +103,7 @@ def refresh(store: Store) -> None:
         if not text:
             path.unlink(missing_ok=True)
         elif text != before:
-            atomic_write(path, text, 0o600)
+            atomic_write(path, text, 0o600, STEPS)
 
 
 @contextlib.contextmanager
