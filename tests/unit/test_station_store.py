@@ -7,6 +7,8 @@ import errno
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -72,11 +74,45 @@ def test_twenty_threads_that_click_at_once_give_one_judgement(store):
     assert kinds(store) == ["judged"]
 
 
-def test_two_processes_give_one_judgement_too(store):
-    with Store.open(store.folder) as other:
-        token = store.show("ann", BASIL.id, 0, False).token
-        assert other.show("ann", BASIL.id, 0, False).token == token
-        assert other.judge(token, 1) == store.judge(token, 0)
+CLICKS = """
+import sys
+from fedbiscuit.station.store import Store
+
+folder, picked, *tokens = sys.argv[1:]
+with Store.open(folder) as store:
+    print("ready", flush=True)
+    sys.stdin.readline()  # both begin at once
+    for token in tokens:
+        store.judge(token, int(picked))
+"""
+
+
+def test_two_processes_that_click_at_once_give_one_judgement_of_each_showing(store):
+    pairs = [Pair.of(f"prompt {number}", "x", "y") for number in range(40)]
+    store.add_pairs(pairs)
+    tokens = [store.show("ann", pair.id, 0, False).token for pair in pairs]
+    clicks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLICKS, str(store.folder), picked, *tokens],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for picked in "01"
+    ]  # fmt: skip
+    limit = threading.Timer(300, lambda: [process.kill() for process in clicks])
+    limit.start()
+    try:
+        assert [process.stdout.readline() for process in clicks] == ["ready\n"] * 2
+        for process in clicks:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        assert [process.wait(300) for process in clicks] == [0, 0]
+    finally:
+        limit.cancel()
+        for process in clicks:
+            process.kill()
+            process.communicate()
+    assert sorted(event.token for event in store.history()) == sorted(tokens)
+    assert {event.kind for event in store.history()} == {"judged"}
 
 
 def test_an_undo_is_a_record_and_the_pair_comes_again_as_it_was(store):
