@@ -172,11 +172,15 @@ class Store:
     # What is shown and answered
 
     def open_presentation(self, person: str, blind: bool = False) -> Presentation | None:
-        """What this person sees now: the latest showing without an answer. So a reload shows the same."""
+        """What this person sees now: the latest showing without an answer. So a reload shows the same.
+
+        A repeat whose first judgement has been taken back is none.
+        """
         rows = self._all(
             f"SELECT {_PRESENTATION} FROM presentations s JOIN pairs p ON p.id = s.pair "
             "WHERE person = ? AND p.blind = ? AND NOT EXISTS "
-            "(SELECT 1 FROM history WHERE token = s.token AND kind IN ('judged', 'skipped')) ORDER BY s.number DESC LIMIT 1",
+            "(SELECT 1 FROM history WHERE token = s.token AND kind IN ('judged', 'skipped')) "
+            f"AND (showing = 0 OR {_HAS_FIRST}) ORDER BY s.number DESC LIMIT 1",
             person,
             int(blind),
         )
@@ -392,6 +396,11 @@ _SAID = "kind, token, choice, seconds, reason, time"
 _STANDS = (
     "EXISTS (SELECT 1 FROM history WHERE token = s.token AND kind IN ('judged', 'skipped')) AND "
     "NOT EXISTS (SELECT 1 FROM history WHERE token = s.token AND kind = 'undone')"
+)
+_HAS_FIRST = (
+    "EXISTS (SELECT 1 FROM presentations f JOIN history h USING (token) WHERE f.person = s.person AND f.pair = s.pair "
+    "AND f.showing = 0 AND h.kind = 'judged' AND NOT EXISTS "
+    "(SELECT 1 FROM history WHERE token = f.token AND kind = 'undone'))"
 )
 _HISTORY = (
     "SELECT h.number, h.kind, h.token, s.person, s.pair, s.showing, s.swapped, h.choice, h.seconds, h.reason, h.time, "
