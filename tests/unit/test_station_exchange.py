@@ -200,6 +200,17 @@ def test_a_folder_without_that_file_is_still_refused(tmp_path):
         read_comparisons([tmp_path])
 
 
+def test_the_folder_of_a_station_at_which_nothing_was_judged_says_so(store):
+    store.judge(present_new(store, "a tie"), None)
+    refresh(store)
+    with pytest.raises(
+        DataError, match=r"nothing that can be trained on has been judged at this station yet; .* station"
+    ):
+        read_comparisons([store.folder])
+    with pytest.raises(DataError, match="nothing that can be trained on"):
+        check_files(store.folder)
+
+
 # In
 
 
@@ -362,10 +373,9 @@ def test_an_undo_in_a_copy_of_the_folder_takes_back_nothing_that_stands_here(sto
 
 def test_prompts_come_from_lines_of_text_or_of_json(store, tmp_path):
     (tmp_path / "prompts.txt").write_text("Why is the sky blue?\n\nWho was Ada?\n", encoding="utf-8")
-    assert import_prompts(store, tmp_path / "prompts.txt") == 2
-    assert (
-        import_prompts(store, write_lines(tmp_path / "p.jsonl", [{"prompt": "Who was Ada?"}, {"prompt": "New?"}])) == 1
-    )
+    assert import_prompts(store, tmp_path / "prompts.txt") == (2, 0)
+    rows = [{"prompt": "Who was Ada?"}, {"prompt": "New?"}]
+    assert import_prompts(store, write_lines(tmp_path / "p.jsonl", rows)) == (1, 1)
     assert [prompt.text for prompt in store.prompts("waiting")] == ["Why is the sky blue?", "Who was Ada?", "New?"]
 
 

@@ -278,6 +278,26 @@ def test_with_pairs_alone_no_model_is_named_and_with_a_model_or_nothing_it_write
     assert started()[0]
 
 
+def test_prompts_that_were_asked_before_are_named_with_what_lets_a_policy_answer_them(started, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    said = []
+    for text, options in (
+        ("one\ntwo\n", {}), ("one\ntwo\n", {}), ("one\ntwo\nthree\n", {"policy": tmp_path}),
+        ("one\n", {"policy": tmp_path, "blind": True}),
+    ):  # fmt: skip
+        prompts.write_text(text)
+        started(prompts=prompts, **options)
+        said.append(capsys.readouterr().out.strip())
+    assert said == [
+        f"2 new prompts from {prompts}",
+        f"0 new prompts from {prompts}; 2 were asked before and are not answered again",
+        f"1 new prompts from {prompts}; 2 were asked before and are not answered again: forget their pairs first, or let "
+        "the policy answer them with --blind",
+        f"1 new prompts from {prompts}",
+    ]
+
+
 def test_options_that_would_do_nothing_are_refused(started, tmp_path):
     for options in (
         {"blind": True},

@@ -261,7 +261,7 @@ def _add_asking(app: FastAPI, station: Station, render: Renderer) -> None:
     @app.post("/ask/file")
     def add_file(file: UploadFile, blind: Flag = False) -> Response:
         try:
-            added = _from_upload(station, file, lambda path: station.import_prompts(path, blind))
+            added, _ = _from_upload(station, file, lambda path: station.import_prompts(path, blind))
         except DataError as error:
             return page(error=str(error))
         return _to("/ask", added=str(added))

@@ -8,13 +8,14 @@ import sqlite3
 import stat
 from pathlib import Path
 
+from fedbiscuit.data.comparisons import STATION
 from fedbiscuit.rundir.disk import Steps, disk_faults
 from fedbiscuit.station.nouns import pair_id
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError
 
 __all__ = ["DATABASE", "STEPS", "fault_of", "open_database", "private_folder"]
 
-DATABASE = "station.sqlite"
+DATABASE = STATION
 VERSION = 2
 STEPS = Steps(
     "make room; what was answered before is kept",

@@ -228,7 +228,8 @@ def _pair_of(record: Mapping[str, Any]) -> Pair:
     return Pair.of(found.prompt, found.output_a, found.output_b)
 
 
-def import_prompts(store: Store, path: Path, blind: bool = False) -> int:
-    """Prompts from a text file, one a line, or from JSON lines with ``prompt``; how many were new."""
+def import_prompts(store: Store, path: Path, blind: bool = False) -> tuple[int, int]:
+    """Prompts from a text file, one a line, or from JSON lines with ``prompt``; how many were new, and how many known."""
     prompts, _, _ = read_prompts(DataSettings(prompts=str(path)))
-    return store.add_prompts(prompts, blind)
+    new = store.add_prompts(prompts, blind)
+    return new, len(set(prompts)) - new
