@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -319,6 +320,35 @@ def test_what_is_deleted_is_in_no_file_of_the_folder(confessed, what, after):
     left = bytes_of(station.store.folder)
     assert [text for text in SECRETS.values() if text.encode() in left] == []
     assert (BASIL.output_a.encode() in left) == (what == "the pair")
+
+
+@pytest.mark.parametrize("name", [f".tmp-{COMPARISONS}-x", f".tmp-{COMPARISONS}-{10**30}", ".upload-gone"])
+def test_nothing_that_lies_beside_the_store_keeps_a_deleted_text_in_the_file_beside_it(confessed, monkeypatch, name):
+    """Neither a file whose name is none of ours, nor an upload that goes away while it is looked at."""
+    station, secret = confessed
+    (station.store.folder / name).touch()
+    stat_of = Path.stat
+
+    def gone(path: Path, *_: Any, **__: Any) -> Any:
+        if path.name == ".upload-gone":
+            raise FileNotFoundError(path)
+        return stat_of(path)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    station.forget_pair(secret.id)
+    assert SECRETS["prompt"].encode() not in (station.store.folder / COMPARISONS).read_bytes()
+
+
+def test_the_file_beside_the_store_is_put_right_also_where_sweeping_meets_trouble(confessed, monkeypatch):
+    station, secret = confessed
+
+    def trouble(store: Store) -> None:
+        raise OSError("the disk is in a bad mood")
+
+    monkeypatch.setattr("fedbiscuit.station.exchange.sweep", trouble)
+    with pytest.raises(OSError, match="bad mood"):
+        station.forget_pair(secret.id)
+    assert SECRETS["prompt"].encode() not in (station.store.folder / COMPARISONS).read_bytes()
 
 
 def test_forget_me_removes_what_one_person_said_and_nothing_else(confessed):

@@ -112,18 +112,22 @@ def forgetting(store: Store) -> Iterator[None]:
     try:
         yield
     finally:
-        sweep(store)
-        refresh(store)
+        try:
+            refresh(store)
+        finally:
+            sweep(store)
 
 
 def sweep(store: Store) -> None:
     """Remove what a crash has left of a file that was being written or uploaded: there are texts in it."""
     for torn in store.folder.glob(f".tmp-{COMPARISONS}-*"):
-        if not process_lives(int(torn.name.rpartition("-")[2])):
-            torn.unlink(missing_ok=True)
+        with contextlib.suppress(ValueError, OverflowError):  # no number of a process: not ours
+            if not process_lives(int(torn.name.rpartition("-")[2])):
+                torn.unlink(missing_ok=True)
     for torn in store.folder.glob(".upload-*"):
-        if time.time() - torn.stat().st_mtime > UPLOAD_SECONDS:
-            shutil.rmtree(torn, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # somebody else has just removed it
+            if time.time() - torn.stat().st_mtime > UPLOAD_SECONDS:
+                shutil.rmtree(torn, ignore_errors=True)
 
 
 def _comparisons(store: Store, person: str | None) -> Iterator[dict[str, Any]]:
