@@ -669,6 +669,12 @@ def test_page_13_every_address_at_once_and_names_are_refused_always(visit, addre
 
 
 def test_page_13_only_numbers_and_localhost_are_hosts():
+    assert hosts_of("127.0.0.1", 80) == (
+        "127.0.0.1:80",
+        "localhost:80",
+        "127.0.0.1",
+        "localhost",
+    )  # browsers leave 80 out
     assert hosts_of("127.0.0.1", 5) == ("127.0.0.1:5", "localhost:5")
     assert hosts_of("::1", 5) == ("[::1]:5", "localhost:5")
     assert hosts_of("192.0.2.7", 5) == ("192.0.2.7:5",)

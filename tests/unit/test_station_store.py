@@ -239,11 +239,15 @@ def test_a_link_in_the_place_of_the_store_is_not_followed(tmp_path):
 
 def test_a_store_of_a_newer_version_is_left_alone(tmp_path):
     Store.open(tmp_path / "s").close()
-    with sqlite3.connect(tmp_path / "s" / DATABASE) as db:
+    path = tmp_path / "s" / DATABASE
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA journal_mode = DELETE")
         db.execute("PRAGMA user_version = 7")
     db.close()
+    before = path.read_bytes()
     with pytest.raises(EnvironmentFault, match=r"version 7 .* pip install -U fedbiscuit"):
         Store.open(tmp_path / "s")
+    assert path.read_bytes() == before
 
 
 def test_what_is_no_store_is_named_and_left_alone(tmp_path):
@@ -253,12 +257,16 @@ def test_what_is_no_store_is_named_and_left_alone(tmp_path):
     with pytest.raises(IntegrityError, match=str(path)):
         Store.open(tmp_path / "s")
     assert path.read_bytes().startswith(b"a letter")
-    path.unlink()
-    with sqlite3.connect(path) as db:
-        db.execute("CREATE TABLE money (amount)")
-    db.close()
-    with pytest.raises(IntegrityError, match="none of the station's"):
-        Store.open(tmp_path / "s")
+    for version in (0, 1):
+        path.unlink()
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE money (amount)")
+            db.execute(f"PRAGMA user_version = {version}")
+        db.close()
+        before = path.read_bytes()
+        with pytest.raises(IntegrityError, match="none of the station's"):
+            Store.open(tmp_path / "s")
+        assert path.read_bytes() == before
 
 
 # Deleting

@@ -99,6 +99,7 @@ def open_database(path: Path, seed: int | None) -> sqlite3.Connection:
 
 def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> None:
     """Durable, private, of this version."""
+    _version(connection, path)  # before anything is changed: it may be somebody else's
     for pragma in (
         "journal_mode = WAL",
         "synchronous = FULL",
@@ -109,19 +110,8 @@ def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> No
     ):
         connection.execute(f"PRAGMA {pragma}")
     connection.execute("BEGIN IMMEDIATE")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > VERSION:
-        connection.execute("ROLLBACK")
-        raise EnvironmentFault(
-            f"{path}: written by a newer fedbiscuit (version {version} of the store, this one reads up to {VERSION}); "
-            "install the newer one: pip install -U fedbiscuit"
-        )
+    version = _version(connection, path)  # again: another process may have made it since
     if version == 0:
-        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            connection.execute("ROLLBACK")
-            raise IntegrityError(
-                f"{path}: a database, but none of the station's; move it away, or name another --folder"
-            )
         _execute(connection, SCHEMA)
         drawn = secrets.randbits(62) if seed is None else seed
         connection.execute("INSERT INTO facts VALUES ('seed', ?)", (str(drawn),))
@@ -131,6 +121,20 @@ def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> No
         connection.execute(f"PRAGMA user_version = {VERSION}")
     _execute(connection, INDEXES)
     connection.execute("COMMIT")
+
+
+def _version(connection: sqlite3.Connection, path: Path) -> int:
+    """Of the store; 0: an empty file. Errors for what is none, or a newer one."""
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    tables = {name for [name] in connection.execute("SELECT name FROM sqlite_master")}
+    if tables and (version == 0 or "facts" not in tables):
+        raise IntegrityError(f"{path}: a database, but none of the station's; move it away, or name another --folder")
+    if version > VERSION:
+        raise EnvironmentFault(
+            f"{path}: written by a newer fedbiscuit (version {version} of the store, this one reads up to {VERSION}); "
+            "install the newer one: pip install -U fedbiscuit"
+        )
+    return version
 
 
 def _name_blind_pairs(connection: sqlite3.Connection) -> None:
