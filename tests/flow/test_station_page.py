@@ -524,9 +524,10 @@ def test_prompts_are_typed_one_a_line_or_as_one(visit):
     assert "NUL" in visitor.post("/ask", {"prompts": "a\x00b"}).text
 
 
-def test_prompts_come_from_a_file_too(visit):
+@pytest.mark.parametrize("name", ["p.txt", "PROMPTS.TXT"])
+def test_prompts_come_from_a_file_too(visit, name):
     visitor = visit().enter()
-    answer = visitor.client.post("/ask/file", files={"file": ("p.txt", b"eins\nzwei\n")}, headers={"origin": HERE})
+    answer = visitor.client.post("/ask/file", files={"file": (name, b"eins\nzwei\n")}, headers={"origin": HERE})
     assert answer.headers["location"] == "/ask?added=2"
     assert [p.text for p in visitor.station.store.prompts()] == ["eins", "zwei"]
 

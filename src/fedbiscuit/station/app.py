@@ -270,7 +270,7 @@ def _add_asking(app: FastAPI, station: Station, render: Renderer) -> None:
 def _from_upload(station: Station, upload: UploadFile, take: Callable[[Path], Any]) -> Any:
     """Give an uploaded file to a function that reads files. Its name is only a word in messages, never a path."""
     named = (upload.filename or "file").replace("\\", "/").rsplit("/", 1)[-1]
-    ending = ".txt" if named.endswith(".txt") else ".jsonl"
+    ending = ".txt" if named.lower().endswith(".txt") else ".jsonl"
     with tempfile.TemporaryDirectory(dir=station.store.folder, prefix=".upload-") as folder:
         path = Path(folder) / f"upload{ending}"
         path.write_bytes(upload.file.read())
