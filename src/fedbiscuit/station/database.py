@@ -141,8 +141,8 @@ def _name_blind_pairs(connection: sqlite3.Connection) -> None:
     """Version 1 named pairs of the blind test by their texts alone, so that a second policy lost those that it wrote alike."""
     connection.execute("PRAGMA defer_foreign_keys = ON")
     columns = "id, prompt, output_a, output_b, source_a, source_b"
-    for old, *texts, raw, aligned in connection.execute(f"SELECT {columns} FROM pairs WHERE blind").fetchall():
-        new = pair_id(*texts, (raw, aligned))
+    for old, prompt, a, b, *sources in connection.execute(f"SELECT {columns} FROM pairs WHERE blind").fetchall():
+        new = pair_id(prompt, a, b, (sources[0], sources[1]))
         for table, column in (("pairs", "id"), ("presentations", "pair"), ("disagreements", "pair")):
             connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (new, old))
 

@@ -120,10 +120,10 @@ def what_the_site_saw(site: Path, client: str) -> Learned | None:
         run=last["run"],
         client=client,
         rounds=tuple(RoundAccuracy(number, row["accuracy"]) for number, row in sorted(by_round.items())),
-        group=final and final["adapter"],
+        group=final["adapter"] if final else None,
         num_groups=last["num_adapters"],
-        final=final and final["accuracy"],
-        pairs=final and final["comparisons"],
+        final=final["accuracy"] if final else None,
+        pairs=final["comparisons"] if final else None,
         with_global=None,
         missing=(
             "Seen on this machine by its worker each time that the selector of your group came to be trained; the server has "
