@@ -16,6 +16,7 @@ from fedbiscuit import pipeline
 from fedbiscuit.backends.bundle import Answer, pack_answer, unpack_order
 from fedbiscuit.backends.worker import Rules, Worker
 from fedbiscuit.config import dump_config
+from fedbiscuit.models.lm import load_lm
 from fedbiscuit.pipeline.remote import train_remotely
 from fedbiscuit.pipeline.site import Site, terms_of
 from fedbiscuit.rundir.ledger import read_learned
@@ -285,3 +286,13 @@ def test_a_site_sees_for_itself_how_each_selector_that_comes_agrees_with_its_peo
     later = [row for row in seen if row["round"] > 0]
     assert len({row["accuracy"] for row in later}) > 1
     assert all(row["accuracy"] == pytest.approx(known[row["round"]][row["client"]], abs=1e-6) for row in later)
+
+
+def test_what_a_site_sees_says_how_long_the_warm_up_is(tmp_path, tiny_model):
+    write_world(tmp_path / "world.jsonl", per_split=(8, 4, 0))
+    cfg = settings(tmp_path, tiny_model, "selectors.num_adapters=3", "selectors.warmup_rounds=2", "selectors.rounds=7")
+    lm = load_lm(cfg.model)
+    part = Site((str(tmp_path / "world.jsonl"),), "cpu", 1, held_out=20).open_run(terms_of(cfg, lm.digest))
+    assert part.look is not None
+    seen = part.look("person-0", lm.new_adapter(cfg.seed, "adapter", 0))
+    assert (seen["num_adapters"], seen["num_warmup_rounds"], seen["comparisons"]) == (3, 6, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import random
@@ -9,8 +10,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,17 @@ with Store.open(sys.argv[1]) as store:
 """
 
 
+@contextlib.contextmanager
+def killed_after_a_while(process: subprocess.Popen) -> Iterator[None]:
+    """So that reading a line of one that hangs has an end."""
+    limit = threading.Timer(300, process.kill)
+    limit.start()
+    try:
+        yield
+    finally:
+        limit.cancel()
+
+
 def test_kill_9_at_any_moment_loses_at_most_the_click_in_flight(tmp_path):
     """Ten times a process judges as fast as it can, and is killed somewhere; what it has answered for must be there."""
     folder, draw = tmp_path / "station", random.Random(5)
@@ -61,8 +75,9 @@ def test_kill_9_at_any_moment_loses_at_most_the_click_in_flight(tmp_path):
             [sys.executable, "-c", JUDGING, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
         )  # no buffer: communicate would not give what a readline had read ahead
         assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        told += [process.stdout.readline().decode().strip() for _ in range(draw.randint(0, 12))]
+        with killed_after_a_while(process):
+            assert process.stdout.readline() == b"ready\n"
+            told += [process.stdout.readline().decode().strip() for _ in range(draw.randint(0, 12))]
         try:
             process.wait(draw.random() * 0.03)
         except subprocess.TimeoutExpired:
@@ -170,7 +185,8 @@ def test_the_station_starts_by_its_command_answers_and_stops_by_a_signal(tmp_pat
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        told = [process.stdout.readline() for _ in range(2)]
+        with killed_after_a_while(process):
+            told = [process.stdout.readline() for _ in range(2)]
         assert told[0] == f"1 new pairs from {tmp_path / 'pairs.jsonl'}\n"
         address = told[1].split()[-1]
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(), urllib.request.ProxyHandler({}))

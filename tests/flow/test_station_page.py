@@ -524,9 +524,10 @@ def test_prompts_are_typed_one_a_line_or_as_one(visit):
     assert "NUL" in visitor.post("/ask", {"prompts": "a\x00b"}).text
 
 
-def test_prompts_come_from_a_file_too(visit):
+@pytest.mark.parametrize("name", ["p.txt", "PROMPTS.TXT"])
+def test_prompts_come_from_a_file_too(visit, name):
     visitor = visit().enter()
-    answer = visitor.client.post("/ask/file", files={"file": ("p.txt", b"eins\nzwei\n")}, headers={"origin": HERE})
+    answer = visitor.client.post("/ask/file", files={"file": (name, b"eins\nzwei\n")}, headers={"origin": HERE})
     assert answer.headers["location"] == "/ask?added=2"
     assert [p.text for p in visitor.station.store.prompts()] == ["eins", "zwei"]
 
@@ -669,6 +670,12 @@ def test_page_13_every_address_at_once_and_names_are_refused_always(visit, addre
 
 
 def test_page_13_only_numbers_and_localhost_are_hosts():
+    assert hosts_of("127.0.0.1", 80) == (
+        "127.0.0.1:80",
+        "localhost:80",
+        "127.0.0.1",
+        "localhost",
+    )  # browsers leave 80 out
     assert hosts_of("127.0.0.1", 5) == ("127.0.0.1:5", "localhost:5")
     assert hosts_of("::1", 5) == ("[::1]:5", "localhost:5")
     assert hosts_of("192.0.2.7", 5) == ("192.0.2.7:5",)

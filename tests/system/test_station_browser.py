@@ -33,6 +33,7 @@ from fedbiscuit.station.safety import hosts_of
 from fedbiscuit.station.station import Station
 from fedbiscuit.station.store import Store
 from fedbiscuit.station.writing import Author, Authors
+from fedbiscuit.types import EnvironmentFault
 
 CHROMIUM = Path("/usr/bin/chromium")
 AXE = Path(__file__).parents[1] / "vendor" / "axe.min.js"
@@ -283,15 +284,26 @@ def test_a_person_judges_ten_pairs_by_keys_through_undo_reload_and_kill_9_and_a_
 # What a person meets
 
 
-def test_a_key_that_is_held_down_judges_once_and_two_tabs_never_double(visit, serve):
+def judgements(folder: Path) -> list[bool | None]:
+    """Whether the answer that stood first was chosen, of each judgement in a store."""
+    with Store.open(folder) as store:
+        return [event.first_preferred for event in store.history() if event.kind == "judged"]
+
+
+def test_a_key_that_is_held_down_judges_once_and_two_tabs_never_double(visit, serve, tmp_path):
     url = serve(pairs(6))
     page = visit(url)
     before = token(page)
     page.keyboard.down("1")
     for _ in range(5):
         page.keyboard.down("1")  # the browser repeats the key
-    page.keyboard.up("1")
     page.wait_for_function("before => document.getElementById('stage').dataset.token !== before", arg=before)
+    told_to_a_screen_reader(page, "Pair 2 of 6")
+    page.keyboard.down("1")  # also while the next pair is shown
+    page.keyboard.up("1")
+    press(page, "2")
+    assert judgements(tmp_path / "station") == [True, False]
+    press(page, "u")
     assert page.inner_text(".progress span").startswith("1 of 6")
     other = page.context.new_page()
     other.goto(page.url)
@@ -318,7 +330,7 @@ def test_keys_mean_nothing_while_one_writes_a_reason(visit, serve):
     assert page.inner_text(".progress span").startswith("1 of 3")
 
 
-def test_the_question_mark_shows_the_keys_and_they_can_be_switched_off(visit, serve):
+def test_the_question_mark_shows_the_keys_and_they_can_be_switched_off(visit, serve, tmp_path):
     page = visit(serve(pairs(3)))
     page.keyboard.press("?")
     assert page.is_visible("#help")
@@ -328,11 +340,12 @@ def test_the_question_mark_shows_the_keys_and_they_can_be_switched_off(visit, se
     page.click("#keys-on")
     page.keyboard.press("Escape")
     assert not page.is_visible("#help")
-    page.keyboard.press("1")
     page.keyboard.press("2")
     page.click("#choose-a")
     page.wait_for_function("before => document.getElementById('stage').dataset.token !== before", arg=before)
+    assert page.inner_text(".said") == "You chose A."
     assert page.inner_text(".progress span").startswith("1 of 3")
+    assert judgements(tmp_path / "station") == [True]
 
 
 def told_to_a_screen_reader(page: Any, text: str) -> None:
@@ -410,6 +423,77 @@ def test_nothing_jumps_and_only_the_answers_scroll(visit, serve, size):
     assert "All answered" in page.inner_text("#stage")
     undo = page.locator("#undo").bounding_box()
     assert {side: round(length) for side, length in undo.items()} == places[0][3]
+
+
+def test_why_a_click_was_not_kept_is_said_beside_the_pair(visit, serve, monkeypatch):
+    """The reason is the one of the error's page, as text."""
+
+    def full(*_: Any) -> None:
+        raise EnvironmentFault("station.sqlite: <b>the disk is full</b>; make room. What was answered before is kept")
+
+    page = visit(serve(pairs(2)))
+    monkeypatch.setattr(Store, "judge", full)
+    before = token(page)
+    page.keyboard.press("1")
+    page.wait_for_selector("#trouble:not([hidden])")
+    assert page.inner_text("#trouble") == (
+        "station.sqlite: <b>the disk is full</b>; make room. What was answered before is kept"
+    )
+    assert token(page) == before
+    monkeypatch.undo()
+    press(page, "1")
+    page.wait_for_selector("#trouble", state="hidden")
+
+
+def test_a_click_that_nobody_answers_in_time_is_said(visit, serve, monkeypatch):
+    go, judge = threading.Event(), Store.judge
+
+    def slowly(*said: Any) -> Any:
+        assert go.wait(300)
+        return judge(*said)
+
+    page = visit(serve(pairs(2)))
+    monkeypatch.setattr(Store, "judge", slowly)
+    page.evaluate("() => { htmx.config.timeout = 500; }")
+    try:
+        page.keyboard.press("1")
+        page.wait_for_selector("#trouble:not([hidden])")
+        assert "The station does not answer" in page.inner_text("#trouble")
+    finally:
+        go.set()
+
+
+def test_a_long_prompt_scrolls_by_the_arrows_while_it_has_the_focus(visit, serve):
+    page = visit(serve([("a line of the prompt\n" * 200, "x", "y")]))
+    page.focus(".prompt")
+    page.keyboard.press("ArrowDown")
+    page.wait_for_function("() => document.querySelector('.prompt').scrollTop > 0")
+    assert page.evaluate("document.activeElement.className") == "prompt"
+
+
+def test_who_reads_the_prompts_is_not_thrown_back_while_the_model_writes(visit, serve):
+    turns: queue.Queue[None] = queue.Queue()
+
+    def write(prompt: str, count: int, progress: Callable[[float], None]) -> list[str]:
+        turns.get(timeout=300)
+        return [f"answer {i} to {prompt}" for i in range(count)]
+
+    url = serve([], tuple(f"prompt {i}" for i in range(60)), authors=lambda: Authors(Author("slow", write)))
+    page = visit(url)
+    page.goto(url.split("/?")[0] + "/ask")
+    where = "() => [document.activeElement.id, document.querySelector('#queue .list').scrollTop]"
+    try:
+        for number, focused in enumerate(("remove-30", "prompts-asked"), 1):
+            page.focus(f"#{focused}")
+            page.evaluate("() => { document.querySelector('#queue .list').scrollTop = 900; }")
+            before = page.evaluate(where)
+            assert before == [focused, 900]
+            turns.put(None)
+            page.wait_for_selector(f"#queue:has-text('{number} written')")
+            assert page.evaluate(where) == before
+    finally:
+        for _ in range(60):
+            turns.put(None)
 
 
 def test_while_the_model_writes_a_bar_moves_and_the_pair_comes_by_itself(visit, serve):
@@ -492,8 +576,6 @@ def rich(serve, tmp_path) -> str:
 
 
 def broken() -> Authors:
-    from fedbiscuit.types import EnvironmentFault
-
     raise EnvironmentFault("model.base: no such model here")
 
 

@@ -13,7 +13,7 @@ from fedbiscuit.config import DataSettings
 from fedbiscuit.data.comparisons import COMPARISONS, check_files, read_comparisons
 from fedbiscuit.data.sources import load
 from fedbiscuit.station.exchange import export, import_file, import_prompts, records, refresh
-from fedbiscuit.station.nouns import Pair
+from fedbiscuit.station.nouns import Pair, pair_id
 from fedbiscuit.station.queue import Asking, consistency, present
 from fedbiscuit.station.station import Station
 from fedbiscuit.station.status import status_lines
@@ -200,6 +200,17 @@ def test_a_folder_without_that_file_is_still_refused(tmp_path):
         read_comparisons([tmp_path])
 
 
+def test_the_folder_of_a_station_at_which_nothing_was_judged_says_so(store):
+    store.judge(present_new(store, "a tie"), None)
+    refresh(store)
+    with pytest.raises(
+        DataError, match=r"nothing that can be trained on has been judged at this station yet; .* station"
+    ):
+        read_comparisons([store.folder])
+    with pytest.raises(DataError, match="nothing that can be trained on"):
+        check_files(store.folder)
+
+
 # In
 
 
@@ -278,15 +289,43 @@ def test_a_history_says_the_same_of_a_pair_that_is_here_in_the_other_order(store
         assert other.history("bo")[0].choice is None
 
 
-def test_a_pair_of_the_blind_test_takes_no_judgements_to_learn_from_and_the_line_is_named(store, tmp_path):
+def test_a_pair_of_the_blind_test_takes_no_judgements_to_learn_from(store, tmp_path):
     judged(store, 2)
     export(store, tmp_path / "history.jsonl", "history")
     with Store.open(tmp_path / "other", seed=2) as other:
         pair = store.pairs()[1]
-        other.add_pairs([Pair.of(pair.prompt, pair.output_a, pair.output_b, "raw", "aligned", blind=True)])
-        with pytest.raises(DataError, match="2: blind: here this is a pair of the blind test"):
-            import_file(other, tmp_path / "history.jsonl")
-        assert (len(other.pairs()), other.history()) == (1, [])
+        blind = Pair.of(pair.prompt, pair.output_a, pair.output_b, "raw", "aligned", blind=True)
+        other.add_pairs([blind])
+        assert import_file(other, tmp_path / "history.jsonl").pairs == 2
+        assert list(records(other)) == list(records(store))
+        assert blind.id not in {event.pair for event in other.history()}
+
+
+def test_a_store_and_a_history_that_name_pairs_of_the_blind_test_by_their_texts_alone_are_read(store, tmp_path):
+    """So did version 1 of the store."""
+    blind, usual = Pair.of("p", "x", "y", "raw", "one", blind=True), Pair.of("q", "x", "y")
+    store.add_pairs([blind, usual])
+    for pair in (blind, usual):
+        store.judge(store.show("ann", pair.id, 0, False).token, 1)
+    store.show("bo", blind.id, 0, True)
+    said = [_said(event) for event in store.history()]
+    named = pair_id("p", "x", "y")
+    with store._transaction() as db:
+        db.execute("PRAGMA defer_foreign_keys = ON")
+        db.execute("UPDATE pairs SET id = ? WHERE blind", (named,))
+        db.execute("UPDATE presentations SET pair = ? WHERE pair = ?", (named, blind.id))
+        db.execute("PRAGMA user_version = 1")
+    assert {event.pair for event in store.history()} == {named, usual.id}
+    export(store, tmp_path / "history.jsonl", "history")
+    with Store.open(store.folder) as later:
+        assert later.pairs() == [blind, usual]
+        assert [_said(event) for event in later.history()] == said
+        assert present(later, "bo", Asking(blind=True)).pair == blind
+        found = import_file(later, tmp_path / "history.jsonl")
+        assert (found.pairs, found.judgements) == (0, 0)
+    with Store.open(tmp_path / "other", seed=2) as other:
+        assert import_file(other, tmp_path / "history.jsonl").judgements == 2
+        assert [_said(event) for event in other.history()] == said
 
 
 def test_a_history_comes_back_into_a_copy_of_its_folder_where_the_same_showings_had_other_answers(store, tmp_path):
@@ -311,12 +350,32 @@ def test_a_history_comes_back_into_a_copy_of_its_folder_where_the_same_showings_
         assert list(records(copy))[-1]["prompt"] == "new 3"
 
 
+def test_an_undo_in_a_copy_of_the_folder_takes_back_nothing_that_stands_here(store, tmp_path):
+    token = present_new(store, "known to both")
+    store.judge(token, 0)
+    with Store.open(tmp_path / "copy", seed=5) as copy:
+        store._connection.backup(copy._connection)
+    with Store.open(tmp_path / "copy") as copy:
+        again = copy.undo("ann", token)
+        copy.judge(again.token, 1)
+        gone = copy.judge(present_new(copy, "only there"), 0).token
+        copy.undo("ann", gone)
+        export(copy, tmp_path / "history.jsonl", "history")
+    found = import_file(store, tmp_path / "history.jsonl")
+    assert (found.pairs, found.judgements) == (1, 2)
+    assert [(event.kind, event.token, event.undone) for event in store.history()] == [
+        ("judged", token, False),
+        ("judged", gone, True),
+        ("undone", gone, False),
+    ]
+    assert [(row["prompt"], row["choice"]) for row in records(store)] == [("known to both", 0)]
+
+
 def test_prompts_come_from_lines_of_text_or_of_json(store, tmp_path):
     (tmp_path / "prompts.txt").write_text("Why is the sky blue?\n\nWho was Ada?\n", encoding="utf-8")
-    assert import_prompts(store, tmp_path / "prompts.txt") == 2
-    assert (
-        import_prompts(store, write_lines(tmp_path / "p.jsonl", [{"prompt": "Who was Ada?"}, {"prompt": "New?"}])) == 1
-    )
+    assert import_prompts(store, tmp_path / "prompts.txt") == (2, 0)
+    rows = [{"prompt": "Who was Ada?"}, {"prompt": "New?"}]
+    assert import_prompts(store, write_lines(tmp_path / "p.jsonl", rows)) == (1, 1)
     assert [prompt.text for prompt in store.prompts("waiting")] == ["Why is the sky blue?", "Who was Ada?", "New?"]
 
 

@@ -126,3 +126,22 @@ def test_what_a_worker_saw_at_this_machine_is_shown_for_the_last_run(tmp_path):
     (tmp_path / "learned.jsonl").write_text('{"client": "ann"}\n')
     with pytest.raises(IntegrityError, match=r"learned\.jsonl:1: not a line of a learned\.jsonl"):
         what_the_site_saw(tmp_path, "ann")
+
+
+def test_what_came_in_the_warm_up_is_no_selector_of_a_group(tmp_path):
+    """There everybody trains the same adapter, one after the other: two of them here, in four rounds."""
+    kept = {"run": "r", "client": "ann", "num_adapters": 2, "num_warmup_rounds": 4, "comparisons": 4}
+    rows = [{"round": n, "adapter": n // 2, "accuracy": n / 10, **kept} for n in range(4)]
+    path = tmp_path / "learned.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    found = what_the_site_saw(tmp_path, "ann")
+    assert found is not None
+    assert (found.rounds, found.group, found.num_groups, found.final, found.pairs) == ((), None, 2, None, None)
+    assert "There are no groups yet: they are formed after the warm-up (4 rounds)" in found.missing[0]
+    rows += [{"round": n, "adapter": 1, "accuracy": n / 10, **kept} for n in (4, 6)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    found = what_the_site_saw(tmp_path, "ann")
+    assert found is not None
+    assert found.rounds == (RoundAccuracy(4, 0.4), RoundAccuracy(6, 0.6))
+    assert (found.group, found.final, found.pairs) == (1, 0.6, 4)
+    assert "no groups yet" not in found.missing[0]

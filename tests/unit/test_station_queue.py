@@ -216,3 +216,22 @@ def test_consistency_counts_who_changed_his_mind_and_who_liked_a_place():
     found = consistency(events)
     assert (found.repeats, found.same, found.both_first, found.both_second) == (3, 1, 1, 1)
     assert (found.choices, found.first, found.ties) == (7, 3, 1)
+
+
+def test_a_repeat_that_is_open_is_not_asked_once_its_first_judgement_is_taken_back(tmp_path):
+    """What was then said of it would stand in no export."""
+    how = Asking(repeat_every=1)
+    with Store.open(tmp_path / "station", seed=1) as store:
+        store.add_pairs([Pair.of("p", "x", "y")])
+        first = present(store, "ann", how)
+        store.judge(first.token, 0)
+        assert present(store, "ann", how).showing == 1
+        again = store.undo("ann", first.token)
+        store.skip(again.token)
+        assert present(store, "ann", how) is None
+        back = store.undo("ann", again.token)
+        store.judge(back.token, 0)
+        repeat = present(store, "ann", how)  # now it is one again
+        assert (repeat.pair.id, repeat.showing) == (first.pair.id, 1)
+        store.judge(repeat.token, 0)
+        assert present(store, "ann", how) is None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +19,7 @@ from fedbiscuit.cli.station import station_forget
 from fedbiscuit.station.app import create_app
 from fedbiscuit.station.background import Background
 from fedbiscuit.station.database import DATABASE
-from fedbiscuit.station.exchange import COMPARISONS, refresh
+from fedbiscuit.station.exchange import COMPARISONS, export, refresh
 from fedbiscuit.station.nouns import Pair, pair_id
 from fedbiscuit.station.queue import Asking
 from fedbiscuit.station.station import Station
@@ -71,11 +75,45 @@ def test_twenty_threads_that_click_at_once_give_one_judgement(store):
     assert kinds(store) == ["judged"]
 
 
-def test_two_processes_give_one_judgement_too(store):
-    with Store.open(store.folder) as other:
-        token = store.show("ann", BASIL.id, 0, False).token
-        assert other.show("ann", BASIL.id, 0, False).token == token
-        assert other.judge(token, 1) == store.judge(token, 0)
+CLICKS = """
+import sys
+from fedbiscuit.station.store import Store
+
+folder, picked, *tokens = sys.argv[1:]
+with Store.open(folder) as store:
+    print("ready", flush=True)
+    sys.stdin.readline()  # both begin at once
+    for token in tokens:
+        store.judge(token, int(picked))
+"""
+
+
+def test_two_processes_that_click_at_once_give_one_judgement_of_each_showing(store):
+    pairs = [Pair.of(f"prompt {number}", "x", "y") for number in range(40)]
+    store.add_pairs(pairs)
+    tokens = [store.show("ann", pair.id, 0, False).token for pair in pairs]
+    clicks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLICKS, str(store.folder), picked, *tokens],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for picked in "01"
+    ]  # fmt: skip
+    limit = threading.Timer(300, lambda: [process.kill() for process in clicks])
+    limit.start()
+    try:
+        assert [process.stdout.readline() for process in clicks] == ["ready\n"] * 2
+        for process in clicks:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        assert [process.wait(300) for process in clicks] == [0, 0]
+    finally:
+        limit.cancel()
+        for process in clicks:
+            process.kill()
+            process.communicate()
+    assert sorted(event.token for event in store.history()) == sorted(tokens)
+    assert {event.kind for event in store.history()} == {"judged"}
 
 
 def test_an_undo_is_a_record_and_the_pair_comes_again_as_it_was(store):
@@ -201,11 +239,15 @@ def test_a_link_in_the_place_of_the_store_is_not_followed(tmp_path):
 
 def test_a_store_of_a_newer_version_is_left_alone(tmp_path):
     Store.open(tmp_path / "s").close()
-    with sqlite3.connect(tmp_path / "s" / DATABASE) as db:
+    path = tmp_path / "s" / DATABASE
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA journal_mode = DELETE")
         db.execute("PRAGMA user_version = 7")
     db.close()
+    before = path.read_bytes()
     with pytest.raises(EnvironmentFault, match=r"version 7 .* pip install -U fedbiscuit"):
         Store.open(tmp_path / "s")
+    assert path.read_bytes() == before
 
 
 def test_what_is_no_store_is_named_and_left_alone(tmp_path):
@@ -215,12 +257,16 @@ def test_what_is_no_store_is_named_and_left_alone(tmp_path):
     with pytest.raises(IntegrityError, match=str(path)):
         Store.open(tmp_path / "s")
     assert path.read_bytes().startswith(b"a letter")
-    path.unlink()
-    with sqlite3.connect(path) as db:
-        db.execute("CREATE TABLE money (amount)")
-    db.close()
-    with pytest.raises(IntegrityError, match="none of the station's"):
-        Store.open(tmp_path / "s")
+    for version in (0, 1):
+        path.unlink()
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE money (amount)")
+            db.execute(f"PRAGMA user_version = {version}")
+        db.close()
+        before = path.read_bytes()
+        with pytest.raises(IntegrityError, match="none of the station's"):
+            Store.open(tmp_path / "s")
+        assert path.read_bytes() == before
 
 
 # Deleting
@@ -284,6 +330,35 @@ def test_what_is_deleted_is_in_no_file_of_the_folder(confessed, what, after):
     assert (BASIL.output_a.encode() in left) == (what == "the pair")
 
 
+@pytest.mark.parametrize("name", [f".tmp-{COMPARISONS}-x", f".tmp-{COMPARISONS}-{10**30}", ".upload-gone"])
+def test_nothing_that_lies_beside_the_store_keeps_a_deleted_text_in_the_file_beside_it(confessed, monkeypatch, name):
+    """Neither a file whose name is none of ours, nor an upload that goes away while it is looked at."""
+    station, secret = confessed
+    (station.store.folder / name).touch()
+    stat_of = Path.stat
+
+    def gone(path: Path, *_: Any, **__: Any) -> Any:
+        if path.name == ".upload-gone":
+            raise FileNotFoundError(path)
+        return stat_of(path)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    station.forget_pair(secret.id)
+    assert SECRETS["prompt"].encode() not in (station.store.folder / COMPARISONS).read_bytes()
+
+
+def test_the_file_beside_the_store_is_put_right_also_where_sweeping_meets_trouble(confessed, monkeypatch):
+    station, secret = confessed
+
+    def trouble(store: Store) -> None:
+        raise OSError("the disk is in a bad mood")
+
+    monkeypatch.setattr("fedbiscuit.station.exchange.sweep", trouble)
+    with pytest.raises(OSError, match="bad mood"):
+        station.forget_pair(secret.id)
+    assert SECRETS["prompt"].encode() not in (station.store.folder / COMPARISONS).read_bytes()
+
+
 def test_forget_me_removes_what_one_person_said_and_nothing_else(confessed):
     station, _ = confessed
     filler = station.store.pairs()[-1]
@@ -333,6 +408,32 @@ def test_a_full_disk_is_called_so_and_the_store_goes_on_when_there_is_room(store
     assert store.pairs() == [BASIL]
     store._connection.execute("PRAGMA max_page_count = 1000000")
     assert store.add_pairs([Pair.of("p", "x", "y")]) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("what", ["the folder", "the store", "the file beside it", "an export"])
+def test_what_the_disk_refuses_comes_with_a_step_that_a_station_has(store, tmp_path, monkeypatch, what, number):
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    store.judge(store.show("ann", BASIL.id, 0, False).token, 0)
+    place, do = {
+        "the folder": ("pathlib.Path.mkdir", lambda: Store.open(tmp_path / "new")),
+        "the store": ("os.open", lambda: Store.open(store.folder)),
+        "the file beside it": ("fedbiscuit.rundir.disk.write_synced", lambda: refresh(store)),
+        "an export": ("fedbiscuit.rundir.disk.write_synced", lambda: export(store, tmp_path / "mine.jsonl")),
+    }[what]
+    monkeypatch.setattr(place, refused)
+    with pytest.raises(EnvironmentFault) as error:
+        do()
+    said = str(error.value)
+    assert "--resume" not in said
+    assert "runs_dir" not in said
+    if number == errno.ENOSPC:
+        assert "the disk is full" in said
+        assert "make room" in said
+    else:
+        assert ("name another file" if what == "an export" else "name another --folder") in said
 
 
 # The work of a click

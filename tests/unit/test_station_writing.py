@@ -111,6 +111,50 @@ def test_a_model_that_cannot_be_loaded_is_said_and_tried_again_when_asked(store)
     writer.close()
 
 
+def test_what_went_wrong_is_not_said_any_more_once_it_is_tried_again(store):
+    """Neither while the model is loaded, nor while the rest of a long queue is written."""
+    steps = {name: (threading.Event(), threading.Event()) for name in ("load", "one", "two")}
+    broken = [True]
+
+    def step(name: str) -> None:
+        begun, go_on = steps[name]
+        begun.set()
+        assert go_on.wait(60)
+
+    def load() -> Authors:
+        if broken:
+            raise RuntimeError("out of memory")
+        step("load")
+        return authors(write)()
+
+    def write(prompt: str, count: int, progress: Callable[[float], None]) -> list[str]:
+        step(prompt)
+        if prompt == "two":
+            raise RuntimeError("out of memory again")
+        return echo(prompt, count, progress)
+
+    store.add_prompts(["one", "two"])
+    writer = Writer(store, "ann", load)
+    assert writer.settle(60)
+    assert (writer.status().state, writer.status().error) == ("failed", "RuntimeError: out of memory")
+    broken.clear()
+    writer.retry()
+    assert writer.status().error == ""
+    for name, state in (("load", "loading"), ("one", "writing"), ("two", "writing")):
+        assert steps[name][0].wait(60)
+        assert (writer.status().state, writer.status().error) == (state, "")
+        steps[name][1].set()
+    assert writer.settle(60)
+    assert (writer.status().state, writer.status().error) == ("failed", "RuntimeError: out of memory again")
+    steps["two"][0].clear()
+    steps["two"][1].clear()
+    writer.nudge()  # as after a judgement
+    assert steps["two"][0].wait(60)
+    assert (writer.status().state, writer.status().error) == ("writing", "")
+    steps["two"][1].set()
+    writer.close()
+
+
 def test_no_model_is_loaded_before_a_prompt_waits(store):
     def load() -> Authors:
         raise AssertionError("loaded for nothing")
@@ -234,6 +278,26 @@ def test_with_pairs_alone_no_model_is_named_and_with_a_model_or_nothing_it_write
     assert started()[0]
 
 
+def test_prompts_that_were_asked_before_are_named_with_what_lets_a_policy_answer_them(started, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    said = []
+    for text, options in (
+        ("one\ntwo\n", {}), ("one\ntwo\n", {}), ("one\ntwo\nthree\n", {"policy": tmp_path}),
+        ("one\n", {"policy": tmp_path, "blind": True}),
+    ):  # fmt: skip
+        prompts.write_text(text)
+        started(prompts=prompts, **options)
+        said.append(capsys.readouterr().out.strip())
+    assert said == [
+        f"2 new prompts from {prompts}",
+        f"0 new prompts from {prompts}; 2 were asked before and are not answered again",
+        f"1 new prompts from {prompts}; 2 were asked before and are not answered again: forget their pairs first, or let "
+        "the policy answer them with --blind",
+        f"1 new prompts from {prompts}",
+    ]
+
+
 def test_options_that_would_do_nothing_are_refused(started, tmp_path):
     for options in (
         {"blind": True},
@@ -298,6 +362,46 @@ def test_the_same_prompts_test_another_policy_and_the_result_is_of_the_last_one(
     assert blind_result(store, "ann")["name"] == "policy two"
     assert (blind_result(store, "ann")["wins"], blind_result(store, "ann")["ties"]) == (1, 0)
     second.close()
+
+
+def test_a_second_policy_is_measured_on_all_its_prompts_also_where_it_writes_what_is_there_already(store):
+    """Of four: two texts are the raw model's again, one is as policy one wrote it, one is new."""
+
+    def start(name: str, says: dict[str, str]) -> Station:
+        other = Author(name, lambda prompt, count, progress: [says[prompt]])
+        station = Station(
+            store, "ann", Asking(repeat_every=0), lambda: Authors(other, (Author("model tiny", echo), other))
+        )
+        station.ask([f"p{number}" for number in range(4)], blind=True)
+        settled(station.writer)
+        return station
+
+    raw = {f"p{number}": f"answer 0 to p{number}" for number in range(4)}
+    first = start("policy one", {**raw, "p2": "better", "p3": "worse"})
+    while (shown := first.present(blind=True)) is not None:
+        first.judge(shown.token, int(shown.first == raw[shown.pair.prompt]))
+    assert blind_result(store, "ann")["wins"] == 2
+    first.close()
+    second = start("policy two", {**raw, "p2": "better", "p3": "new"})
+    assert len(store.pairs()) == 8
+    assert blind_result(store, "ann") is None
+    while (shown := second.present(blind=True)) is not None:
+        second.judge(shown.token, int(shown.first == raw[shown.pair.prompt]))
+    second.close()
+    result = blind_result(store, "ann")
+    assert (result["name"], result["wins"], result["losses"], result["ties"], result["alike"]) == (
+        "policy two",
+        2,
+        0,
+        2,
+        2,
+    )
+    assert result["win_rate"] == 0.75
+    start("policy two", {}).close()  # it need not write again
+    assert store.prompts("failed") == []
+    start("policy three", raw).close()  # nothing to ask, and that is its result
+    result = blind_result(store, "ann")
+    assert (result["name"], result["win_rate"], result["alike"]) == ("policy three", 0.5, 4)
 
 
 def test_where_all_agree_the_interval_of_the_blind_test_still_says_how_little_ten_are(store):

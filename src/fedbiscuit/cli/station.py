@@ -126,7 +126,12 @@ def station(
             if pairs is not None:
                 print(_imported(desk.import_file(pairs), pairs))
             if prompts is not None:
-                print(f"{desk.import_prompts(prompts, blind)} new prompts from {clean(str(prompts))}")
+                new, known = desk.import_prompts(prompts, blind)
+                said = f"{new} new prompts from {clean(str(prompts))}"
+                if known and not blind:
+                    said += f"; {known} were asked before and are not answered again"
+                    said += ": forget their pairs first, or let the policy answer them with --blind" if policy else ""
+                print(said)
             serve(desk, host, port, other_address=other_address, open_browser=browser, say=_say)
         finally:
             desk.close()

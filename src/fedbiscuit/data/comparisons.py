@@ -18,6 +18,7 @@ from fedbiscuit.types import Comparison, DataError
 
 __all__ = [
     "COMPARISONS",
+    "STATION",
     "CheckReport",
     "Place",
     "ReadReport",
@@ -28,6 +29,8 @@ __all__ = [
 
 COMPARISONS = "comparisons.jsonl"
 """A folder with a file of this name stands for it: the folder of a preference station."""
+STATION = "station.sqlite"
+"""What the station itself keeps there."""
 Place = tuple[str, int]
 """File and line (from 1)."""
 Located = tuple[Place, Comparison]
@@ -157,6 +160,11 @@ def _as_paths(paths: str | Path | Iterable[str | Path]) -> list[str | Path]:
 
 def _file_of(path: str | Path) -> str | Path:
     inside = Path(path) / COMPARISONS
+    if not inside.is_file() and (Path(path) / STATION).is_file():
+        raise DataError(
+            f"{path}: nothing that can be trained on has been judged at this station yet; judge some pairs first: "
+            f"fedbiscuit station --folder {path}"
+        )
     return inside if inside.is_file() else path
 
 

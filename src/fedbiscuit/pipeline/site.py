@@ -14,6 +14,7 @@ from fedbiscuit.config import Config, ModelSettings, dump_config, parse_config
 from fedbiscuit.data.encoding import TEMPLATES
 from fedbiscuit.data.sources import load
 from fedbiscuit.evaluation.selectors import judge_by_group
+from fedbiscuit.federated.algorithm import num_warmup_rounds
 from fedbiscuit.federated.coding import decoded
 from fedbiscuit.models.lm import LM
 from fedbiscuit.pipeline.scoring import scores_of
@@ -108,7 +109,8 @@ def _looking(session: Session, limit: int) -> Callable[[ClientId, Weights], Mapp
             return {}
         weights = decoded(adapter, session.cfg.selectors.comm_dtype)
         one = judge_by_group(scores_of(session, [weights], {client: held[client]}, {client: 0}), {client: 0})[client]
-        num = session.cfg.selectors.num_adapters
-        return {"num_adapters": num, "accuracy": round(one.accuracy, 6), "comparisons": len(one.choice)}
+        chosen = session.cfg.selectors
+        schedule = {"num_adapters": chosen.num_adapters, "num_warmup_rounds": num_warmup_rounds(chosen)}
+        return {**schedule, "accuracy": round(one.accuracy, 6), "comparisons": len(one.choice)}
 
     return look

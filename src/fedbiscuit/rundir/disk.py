@@ -16,12 +16,14 @@ import stat
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from fedbiscuit.types import EnvironmentFault, IntegrityError
 
 __all__ = [
+    "Steps",
     "atomic_write",
     "check_space",
     "crash_point",
@@ -88,29 +90,43 @@ def free_bytes(path: Path) -> int | None:
     return None
 
 
-def disk_fault(error: OSError, path: Path, needed: int | None = None) -> EnvironmentFault:
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What to do where the disk is full (``room``), and where one may not write (``right``)."""
+
+    room: str
+    right: str
+
+
+OF_A_RUN = Steps(
+    "make room, then start the same command with --resume; what was saved before is intact",
+    "give yourself the right to write there, or set runs_dir to another folder",
+)
+
+
+def disk_fault(error: OSError, path: Path, needed: int | None = None, steps: Steps = OF_A_RUN) -> EnvironmentFault:
     """The message for what the operating system refused, with the next step; ``needed`` in bytes."""
     if error.errno in FULL:
         free = free_bytes(path)
         sizes = [f"{human_bytes(needed)} needed"] if needed is not None else []
         sizes += [f"{human_bytes(free)} free"] if free is not None else []
         why = FULL[error.errno] + (f" ({', '.join(sizes)})" if sizes else "")
-        step = "make room, then start the same command with --resume; what was saved before is intact"
+        step = steps.room
     elif error.errno in NO_WRITE:
         why = f"this place {NO_WRITE[error.errno]}"
-        step = "give yourself the right to write there, or set runs_dir to another folder"
+        step = steps.right
     else:
         why, step = (error.strerror or str(error)), "check the path and the disk"
     return EnvironmentFault(f"{path}: {why}; {step}")
 
 
 @contextlib.contextmanager
-def disk_faults(path: Path, needed: int | None = None) -> Iterator[None]:
+def disk_faults(path: Path, needed: int | None = None, steps: Steps = OF_A_RUN) -> Iterator[None]:
     """Turn each OSError of the block into an ``EnvironmentFault`` about ``path``."""
     try:
         yield
     except OSError as error:
-        raise disk_fault(error, path, needed) from error
+        raise disk_fault(error, path, needed, steps) from error
 
 
 def check_space(path: Path, needed: int) -> None:
@@ -204,15 +220,15 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: str | Path, data: bytes | str, mode: int = 0o666) -> str:
+def atomic_write(path: str | Path, data: bytes | str, mode: int = 0o666, steps: Steps = OF_A_RUN) -> str:
     """Replace a file so that a crash leaves the old or the new one, never a mixture; returns the hex sha256.
 
-    mode: who may read it, less what the umask takes away.
+    mode: who may read it, less what the umask takes away. steps: for the message.
     On any failure the old file stays, the temporary one is removed, and the message is an ``EnvironmentFault``.
     """
     path, payload = Path(path), data.encode("utf-8") if isinstance(data, str) else data
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with disk_faults(path, len(payload)):
+    with disk_faults(path, len(payload), steps):
         try:
             digest = write_synced(temporary, [payload], mode)
             crash_point("file_written")

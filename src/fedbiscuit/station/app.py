@@ -261,7 +261,7 @@ def _add_asking(app: FastAPI, station: Station, render: Renderer) -> None:
     @app.post("/ask/file")
     def add_file(file: UploadFile, blind: Flag = False) -> Response:
         try:
-            added = _from_upload(station, file, lambda path: station.import_prompts(path, blind))
+            added, _ = _from_upload(station, file, lambda path: station.import_prompts(path, blind))
         except DataError as error:
             return page(error=str(error))
         return _to("/ask", added=str(added))
@@ -270,7 +270,7 @@ def _add_asking(app: FastAPI, station: Station, render: Renderer) -> None:
 def _from_upload(station: Station, upload: UploadFile, take: Callable[[Path], Any]) -> Any:
     """Give an uploaded file to a function that reads files. Its name is only a word in messages, never a path."""
     named = (upload.filename or "file").replace("\\", "/").rsplit("/", 1)[-1]
-    ending = ".txt" if named.endswith(".txt") else ".jsonl"
+    ending = ".txt" if named.lower().endswith(".txt") else ".jsonl"
     with tempfile.TemporaryDirectory(dir=station.store.folder, prefix=".upload-") as folder:
         path = Path(folder) / f"upload{ending}"
         path.write_bytes(upload.file.read())

@@ -8,13 +8,19 @@ import sqlite3
 import stat
 from pathlib import Path
 
-from fedbiscuit.rundir.disk import disk_faults
+from fedbiscuit.data.comparisons import STATION
+from fedbiscuit.rundir.disk import Steps, disk_faults
+from fedbiscuit.station.nouns import pair_id
 from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError
 
-__all__ = ["DATABASE", "fault_of", "open_database", "private_folder"]
+__all__ = ["DATABASE", "STEPS", "fault_of", "open_database", "private_folder"]
 
-DATABASE = "station.sqlite"
-VERSION = 1
+DATABASE = STATION
+VERSION = 2
+STEPS = Steps(
+    "make room; what was answered before is kept",
+    "give yourself the right to write there, or name another --folder",
+)
 BUSY_SECONDS = 30.0
 """So long a call waits for another process that is at the file."""
 
@@ -62,7 +68,7 @@ CREATE INDEX IF NOT EXISTS pairs_alike ON pairs (number) WHERE output_a = output
 
 def private_folder(folder: Path) -> None:
     """The folder, for its owner alone. One that holds other things is not closed without being asked."""
-    with disk_faults(folder):
+    with disk_faults(folder, steps=STEPS):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
         if found.st_uid != os.geteuid():
@@ -75,7 +81,7 @@ def private_folder(folder: Path) -> None:
 
 def open_database(path: Path, seed: int | None) -> sqlite3.Connection:
     """A connection to a file that is made if it is not there; ``seed`` is kept in a new one."""
-    with disk_faults(path):
+    with disk_faults(path, steps=STEPS):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         os.fchmod(descriptor, 0o600)  # SQLite gives -wal and -shm the same mode
         os.close(descriptor)
@@ -93,6 +99,7 @@ def open_database(path: Path, seed: int | None) -> sqlite3.Connection:
 
 def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> None:
     """Durable, private, of this version."""
+    _version(connection, path)  # before anything is changed: it may be somebody else's
     for pragma in (
         "journal_mode = WAL",
         "synchronous = FULL",
@@ -103,25 +110,41 @@ def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> No
     ):
         connection.execute(f"PRAGMA {pragma}")
     connection.execute("BEGIN IMMEDIATE")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    version = _version(connection, path)  # again: another process may have made it since
+    if version == 0:
+        _execute(connection, SCHEMA)
+        drawn = secrets.randbits(62) if seed is None else seed
+        connection.execute("INSERT INTO facts VALUES ('seed', ?)", (str(drawn),))
+    if version == 1:
+        _name_blind_pairs(connection)
+    if version < VERSION:
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+    _execute(connection, INDEXES)
+    connection.execute("COMMIT")
+
+
+def _version(connection: sqlite3.Connection, path: Path) -> int:
+    """Of the store; 0: an empty file. Errors for what is none, or a newer one."""
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    tables = {name for [name] in connection.execute("SELECT name FROM sqlite_master")}
+    if tables and (version == 0 or "facts" not in tables):
+        raise IntegrityError(f"{path}: a database, but none of the station's; move it away, or name another --folder")
     if version > VERSION:
-        connection.execute("ROLLBACK")
         raise EnvironmentFault(
             f"{path}: written by a newer fedbiscuit (version {version} of the store, this one reads up to {VERSION}); "
             "install the newer one: pip install -U fedbiscuit"
         )
-    if version == 0:
-        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            connection.execute("ROLLBACK")
-            raise IntegrityError(
-                f"{path}: a database, but none of the station's; move it away, or name another --folder"
-            )
-        _execute(connection, SCHEMA)
-        drawn = secrets.randbits(62) if seed is None else seed
-        connection.execute("INSERT INTO facts VALUES ('seed', ?)", (str(drawn),))
-        connection.execute(f"PRAGMA user_version = {VERSION}")
-    _execute(connection, INDEXES)
-    connection.execute("COMMIT")
+    return version
+
+
+def _name_blind_pairs(connection: sqlite3.Connection) -> None:
+    """Version 1 named pairs of the blind test by their texts alone, so that a second policy lost those that it wrote alike."""
+    connection.execute("PRAGMA defer_foreign_keys = ON")
+    columns = "id, prompt, output_a, output_b, source_a, source_b"
+    for old, prompt, a, b, *sources in connection.execute(f"SELECT {columns} FROM pairs WHERE blind").fetchall():
+        new = pair_id(prompt, a, b, (sources[0], sources[1]))
+        for table, column in (("pairs", "id"), ("presentations", "pair"), ("disagreements", "pair")):
+            connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (new, old))
 
 
 def _execute(connection: sqlite3.Connection, statements: str) -> None:

@@ -16,9 +16,10 @@ from fedbiscuit.data.comparisons import COMPARISONS
 from fedbiscuit.data.jsonlines import iter_objects, shown
 from fedbiscuit.data.records import comparison_of
 from fedbiscuit.data.sources import read_prompts, split_prompts
-from fedbiscuit.rundir.disk import atomic_write
+from fedbiscuit.rundir.disk import Steps, atomic_write
 from fedbiscuit.rundir.lock import process_lives
 from fedbiscuit.rundir.values import dump_json
+from fedbiscuit.station.database import STEPS
 from fedbiscuit.station.history import history_records, read_history
 from fedbiscuit.station.nouns import Event, Pair
 from fedbiscuit.station.store import Store
@@ -86,7 +87,8 @@ def export(store: Store, path: Path, form: Form = "comparisons", person: str | N
     if not lines:
         who = "nobody" if person is None else person
         raise DataError(f"{store.folder}: {who} has judged nothing that could be exported; nothing was written")
-    atomic_write(path, "".join(lines), 0o600)
+    steps = Steps("make room, then export again", "give yourself the right to write there, or name another file")
+    atomic_write(path, "".join(lines), 0o600, steps)
     return len(lines)
 
 
@@ -101,7 +103,7 @@ def refresh(store: Store) -> None:
         if not text:
             path.unlink(missing_ok=True)
         elif text != before:
-            atomic_write(path, text, 0o600)
+            atomic_write(path, text, 0o600, STEPS)
 
 
 @contextlib.contextmanager
@@ -110,18 +112,22 @@ def forgetting(store: Store) -> Iterator[None]:
     try:
         yield
     finally:
-        sweep(store)
-        refresh(store)
+        try:
+            refresh(store)
+        finally:
+            sweep(store)
 
 
 def sweep(store: Store) -> None:
     """Remove what a crash has left of a file that was being written or uploaded: there are texts in it."""
     for torn in store.folder.glob(f".tmp-{COMPARISONS}-*"):
-        if not process_lives(int(torn.name.rpartition("-")[2])):
-            torn.unlink(missing_ok=True)
+        with contextlib.suppress(ValueError, OverflowError):  # no number of a process: not ours
+            if not process_lives(int(torn.name.rpartition("-")[2])):
+                torn.unlink(missing_ok=True)
     for torn in store.folder.glob(".upload-*"):
-        if time.time() - torn.stat().st_mtime > UPLOAD_SECONDS:
-            shutil.rmtree(torn, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # somebody else has just removed it
+            if time.time() - torn.stat().st_mtime > UPLOAD_SECONDS:
+                shutil.rmtree(torn, ignore_errors=True)
 
 
 def _comparisons(store: Store, person: str | None) -> Iterator[dict[str, Any]]:
@@ -226,7 +232,8 @@ def _pair_of(record: Mapping[str, Any]) -> Pair:
     return Pair.of(found.prompt, found.output_a, found.output_b)
 
 
-def import_prompts(store: Store, path: Path, blind: bool = False) -> int:
-    """Prompts from a text file, one a line, or from JSON lines with ``prompt``; how many were new."""
+def import_prompts(store: Store, path: Path, blind: bool = False) -> tuple[int, int]:
+    """Prompts from a text file, one a line, or from JSON lines with ``prompt``; how many were new, and how many known."""
     prompts, _, _ = read_prompts(DataSettings(prompts=str(path)))
-    return store.add_prompts(prompts, blind)
+    new = store.add_prompts(prompts, blind)
+    return new, len(set(prompts)) - new

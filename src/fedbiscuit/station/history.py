@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedbiscuit.data.jsonlines import shown
-from fedbiscuit.station.nouns import MAX_REASON, Event, Pair
+from fedbiscuit.station.nouns import MAX_REASON, Event, Pair, pair_id
 from fedbiscuit.station.store import Store
 from fedbiscuit.types import DataError
 
@@ -42,7 +42,6 @@ def read_history(store: Store, path: Path, lines: Sequence[tuple[int, Mapping[st
     A pair that is here keeps the order of its answers, so choices of a history that has them the other way are turned round.
     """
     pairs: dict[str, Pair] = {}
-    asked: list[tuple[int, Pair]] = []
     events: list[tuple[Event, Pair]] = []
     for number, record in lines:
         try:
@@ -50,24 +49,19 @@ def read_history(store: Store, path: Path, lines: Sequence[tuple[int, Mapping[st
                 _check(record, PAIR_CHECKS)
                 pair = Pair.of(*(record[key] for key in PAIR_KEYS))
                 pairs[pair.id] = pair
-                asked.append((number, pair))
+                if pair.blind:  # version 1 of the store named it so
+                    pairs.setdefault(pair_id(pair.prompt, pair.output_a, pair.output_b), pair)
                 continue
             _check(record, EVENT_CHECKS)
             if record["pair"] not in pairs:
                 raise DataError(f"pair: {shown(record['pair'])} is in no line before; export the history again")
-            told = {key: record[key] for key in EVENT_CHECKS if key != "event"}
-            events.append((Event(number=0, kind=record["event"], **told), pairs[record["pair"]]))
+            pair = pairs[record["pair"]]
+            told = {key: record[key] for key in EVENT_CHECKS if key != "event"} | {"pair": pair.id}
+            events.append((Event(number=0, kind=record["event"], **told), pair))
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
-    new = store.add_pairs([pair for _, pair in asked])
-    here = {pair.id: pair for pair in store.pairs()} if asked else {}
-    for number, pair in asked:
-        if here[pair.id].blind != pair.blind:
-            kind = "a pair of the blind test" if here[pair.id].blind else "a pair to learn from"
-            raise DataError(
-                f"{path}:{number}: blind: here this is {kind}, with answers that mean another thing; remove the pair here, or "
-                "its lines there"
-            )
+    new = store.add_pairs(list(pairs.values()))
+    here = {pair.id: pair for pair in store.pairs()} if pairs else {}
     turned = [_turned(event) if here[pair.id].output_a != pair.output_a else event for event, pair in events]
     return new, store.restore(turned)
 

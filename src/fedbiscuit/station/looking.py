@@ -105,25 +105,32 @@ def what_was_learned(run: Path, client: str) -> Learned:
 def what_the_site_saw(site: Path, client: str) -> Learned | None:
     """From the ``learned.jsonl`` of a site, in which its worker writes how each selector that came for a client agrees with it.
 
-    Of the run that came last; None where no selector came for this client.
+    Of the run that came last, after its warm-up, in which everybody trains the same selectors; None where none came for this
+    client.
     """
     rows = [row for row in read_learned(site / LEARNED) if row["client"] == client]
     if not rows:
         return None
-    by_round = {row["round"]: row for row in rows if row["run"] == rows[-1]["run"]}
-    last = by_round[max(by_round)]
+    last = rows[-1]
+    warmup = last.get("num_warmup_rounds", 0)  # workers of before did not say
+    mine = [row for row in rows if row["run"] == last["run"] and row["round"] >= warmup]
+    by_round = {row["round"]: row for row in mine}
+    final = by_round[max(by_round)] if by_round else None
     return Learned(
         run=last["run"],
         client=client,
         rounds=tuple(RoundAccuracy(number, row["accuracy"]) for number, row in sorted(by_round.items())),
-        group=last["adapter"],
+        group=final["adapter"] if final else None,
         num_groups=last["num_adapters"],
-        final=last["accuracy"],
-        pairs=last["comparisons"],
+        final=final["accuracy"] if final else None,
+        pairs=final["comparisons"] if final else None,
         with_global=None,
         missing=(
             "Seen on this machine by its worker each time that the selector of your group came to be trained; the server has "
-            "never seen these choices. How often it chooses as a global selector does, only a run that trains one can tell.",
+            "never seen these choices. How often it chooses as a global selector does, only a run that trains one can tell."
+            if final
+            else f"There are no groups yet: they are formed after the warm-up ({warmup} rounds), in which everybody trains the "
+            "same selectors.",
         ),
     )
 

@@ -61,7 +61,8 @@ class Pair:
         blind: bool = False,
     ) -> Pair:
         """A pair with its id."""
-        return cls(pair_id(prompt, output_a, output_b), prompt, output_a, output_b, source_a, source_b, blind)
+        id = pair_id(prompt, output_a, output_b, (source_a, source_b) if blind else None)
+        return cls(id, prompt, output_a, output_b, source_a, source_b, blind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +112,14 @@ class Event:
         return None if self.choice is None else (self.choice == 0) != self.swapped
 
 
-def pair_id(prompt: str, output_a: str, output_b: str) -> str:
-    """32 hex digits that depend on the prompt and both answers, not on their order."""
+def pair_id(prompt: str, output_a: str, output_b: str, sources: tuple[str, str] | None = None) -> str:
+    """32 hex digits that depend on the prompt and both answers, not on their order.
+
+    sources: who wrote each answer of a pair of the blind test. Two policies may write the same, and each is tested by itself.
+    """
     parts = [prompt, *sorted((output_a, output_b))]
+    if sources is not None:
+        parts += [source for _, source in sorted(zip((output_a, output_b), sources, strict=True))]
     text = "\x00".join(f"{len(part)}:{part}" for part in parts)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

@@ -48,10 +48,13 @@ HEADERS = {
 
 
 def hosts_of(address: str, port: int) -> tuple[str, ...]:
-    """The values of the Host header under which a station is reached: its address and, on loopback, ``localhost``."""
+    """The values of the Host header under which a station is reached: its address and, on loopback, ``localhost``.
+
+    Browsers leave the port of http, 80, out.
+    """
     name = f"[{address}]" if ":" in address else address
     names = (name, "localhost") if address in ("127.0.0.1", "::1") else (name,)
-    return tuple(f"{known}:{port}" for known in names)
+    return tuple(f"{known}:{port}" for known in names) + (names if port == 80 else ())
 
 
 class Guard:

@@ -112,7 +112,7 @@ class Station:
         """As ``exchange.import_file``."""
         return self._changed(exchange.import_file(self.store, path))
 
-    def import_prompts(self, path: Path, blind: bool = False) -> int:
+    def import_prompts(self, path: Path, blind: bool = False) -> tuple[int, int]:
         """As ``exchange.import_prompts``."""
         return self._changed(exchange.import_prompts(self.store, path, blind))
 

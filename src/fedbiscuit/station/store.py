@@ -29,7 +29,6 @@ from fedbiscuit.station.nouns import (
     Presentation,
     Prompt,
     check_readable,
-    pair_id,
     utc_now,
 )
 from fedbiscuit.types import DataError, EnvironmentFault, seed_for
@@ -173,11 +172,15 @@ class Store:
     # What is shown and answered
 
     def open_presentation(self, person: str, blind: bool = False) -> Presentation | None:
-        """What this person sees now: the latest showing without an answer. So a reload shows the same."""
+        """What this person sees now: the latest showing without an answer. So a reload shows the same.
+
+        A repeat whose first judgement has been taken back is none.
+        """
         rows = self._all(
             f"SELECT {_PRESENTATION} FROM presentations s JOIN pairs p ON p.id = s.pair "
             "WHERE person = ? AND p.blind = ? AND NOT EXISTS "
-            "(SELECT 1 FROM history WHERE token = s.token AND kind IN ('judged', 'skipped')) ORDER BY s.number DESC LIMIT 1",
+            "(SELECT 1 FROM history WHERE token = s.token AND kind IN ('judged', 'skipped')) "
+            f"AND (showing = 0 OR {_HAS_FIRST}) ORDER BY s.number DESC LIMIT 1",
             person,
             int(blind),
         )
@@ -263,10 +266,10 @@ class Store:
     def restore(self, events: Sequence[Event]) -> int:
         """Append lines of another store's history, with their tokens and times; how many were not known.
 
-        What this person has answered here already stays, and the other store's lines about it are left out.
+        What this person has answered here already stays, and the other store's lines about it are left out, also an undo.
         """
         # In a copy of this folder a token of ours may have another answer: its lines speak of that one.
-        other = set[str]()
+        other, known = set[str](), set[str]()
         new = 0
         with self._transaction() as db:
             for event in events:
@@ -275,9 +278,11 @@ class Store:
                         "SELECT kind, choice, time FROM history WHERE token = ? AND kind IN ('judged', 'skipped')",
                         (event.token,),
                     ).fetchall()
+                    if here:
+                        known.add(event.token)
                     if here not in ([], [(event.kind, event.choice, event.time)]):
                         other.add(event.token)
-                if event.token not in other:
+                if event.token not in other and not (event.kind == "undone" and event.token in known):
                     new += _restore(db, event)
         return new
 
@@ -392,6 +397,11 @@ _STANDS = (
     "EXISTS (SELECT 1 FROM history WHERE token = s.token AND kind IN ('judged', 'skipped')) AND "
     "NOT EXISTS (SELECT 1 FROM history WHERE token = s.token AND kind = 'undone')"
 )
+_HAS_FIRST = (
+    "EXISTS (SELECT 1 FROM presentations f JOIN history h USING (token) WHERE f.person = s.person AND f.pair = s.pair "
+    "AND f.showing = 0 AND h.kind = 'judged' AND NOT EXISTS "
+    "(SELECT 1 FROM history WHERE token = f.token AND kind = 'undone'))"
+)
 _HISTORY = (
     "SELECT h.number, h.kind, h.token, s.person, s.pair, s.showing, s.swapped, h.choice, h.seconds, h.reason, h.time, "
     "h.kind != 'undone' AND EXISTS (SELECT 1 FROM history u WHERE u.token = h.token AND u.kind = 'undone') "
@@ -415,7 +425,7 @@ def _insert_pair(db: sqlite3.Connection, pair: Pair) -> int:
     return db.execute(
         f"INSERT OR IGNORE INTO pairs ({_PAIR}, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (
-            pair_id(pair.prompt, pair.output_a, pair.output_b),
+            pair.id,
             pair.prompt,
             pair.output_a,
             pair.output_b,

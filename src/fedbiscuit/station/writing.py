@@ -86,6 +86,7 @@ class Writer:
         """Try again what failed."""
         self._store.retry()
         self._unloaded = None
+        self._thread.error = ""
         self._thread.nudge()
 
     def settle(self, seconds: float = 60.0) -> bool:
@@ -127,7 +128,7 @@ class Writer:
                 raw, aligned = self._authors.blind
                 if self._store.tested_before(prompt, raw.name, aligned.name):
                     return True
-            self._state, self._share = "writing", 0.0
+            self._state, self._share, self._thread.error = "writing", 0.0, ""  # what went wrong before is over
             self._store.answered(prompt, _pair_by(self._authors, prompt, self._progress))
         except _StoppedError:
             return False
@@ -144,7 +145,7 @@ class Writer:
         waiting = frozenset(prompt.id for prompt in self._store.prompts("waiting"))
         if self._unloaded is not None and waiting <= self._unloaded[1]:
             raise self._unloaded[0]
-        self._state = "loading"
+        self._state, self._thread.error = "loading", ""
         try:
             authors = self._load()
         except Exception as error:
@@ -245,7 +246,7 @@ def blind_result(store: Store, person: str) -> dict[str, Any] | None:
     """This person's own verdict on the policy that was tested last: ``name``, its ``win_rate`` with its 95% ``interval``
     (Wilson's), ``wins``, ``losses``, ``ties``; ``alike``: how many of the ties were the same text, which nobody was asked about.
 
-    None before the first judgement of it.
+    None before the first judgement of it, if there is anything to judge.
     """
     tested = [pair for pair in store.pairs() if pair.blind]
     if not tested:
@@ -257,9 +258,9 @@ def blind_result(store: Store, person: str) -> dict[str, Any] | None:
         for event in store.history(person)
         if event.kind == "judged" and not event.undone and event.showing == 0 and event.pair in mine
     }
-    if not said:
-        return None
     alike = sum(pair.output_a == pair.output_b for pair in mine.values())
+    if not said and alike < len(mine):
+        return None
     points = [*said.values(), *[0.5] * alike]
     found = share(sum(points), len(points))
     assert found is not None

@@ -31,7 +31,7 @@
     return true;
   };
   const scroll = (step) => {
-    if (!answers().length) return false;
+    if (!answers().length || document.activeElement.closest(".prompt")) return false; // a prompt scrolls by itself
     const box = answers().includes(document.activeElement) ? document.activeElement : answers()[0];
     if (box !== document.activeElement) box.focus();
     box.scrollBy({ top: step * 60, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
@@ -85,8 +85,14 @@
   document.body.addEventListener("htmx:beforeRequest", (event) => { if (event.detail.requestConfig.verb === "post") busy = true; });
   document.body.addEventListener("htmx:afterRequest", () => { busy = false; });
   // What had the focus may be gone with the pair: then the focus is at the content, not back at the top of the page.
-  let inside = false;
-  document.body.addEventListener("htmx:beforeSwap", () => { inside = stage()?.contains(document.activeElement) ?? false; });
+  // A list that was scrolled stays where it was; what has the focus there gets it back from htmx, by its id.
+  let inside = false, scrolled = 0;
+  const list = () => document.getElementById("prompts-asked");
+  document.body.addEventListener("htmx:beforeSwap", () => {
+    inside = stage()?.contains(document.activeElement) ?? false;
+    scrolled = list()?.scrollTop ?? 0;
+  });
+  document.body.addEventListener("htmx:afterSwap", () => { if (list()) list().scrollTop = scrolled; });
   document.body.addEventListener("htmx:afterSettle", () => {
     trouble.hidden = true;
     if (inside && document.activeElement === document.body) stage()?.focus({ preventScroll: true });
@@ -99,13 +105,17 @@
     trouble.querySelector("span").textContent = text;
     trouble.hidden = false;
   };
-  document.body.addEventListener("htmx:sendError", () => {
-    sayTrouble("The station does not answer. Is it still running in its terminal? What you did last may not be kept.");
-  });
+  for (const silence of ["htmx:sendError", "htmx:timeout"]) {
+    document.body.addEventListener(silence, () => {
+      sayTrouble("The station does not answer. Is it still running in its terminal? What you did last may not be kept.");
+    });
+  }
   document.body.addEventListener("htmx:responseError", (event) => {
-    sayTrouble(event.detail.xhr.status === 403
+    const { status, responseText } = event.detail.xhr;
+    const why = new DOMParser().parseFromString(responseText, "text/html").querySelector("main p")?.textContent;
+    sayTrouble(status === 403
       ? "This page belongs to an earlier start of the station. Open the address that its terminal shows now."
-      : "The station could not do this. Load the page again; its terminal says more.");
+      : why || "The station could not do this. Load the page again.");
   });
   startTiming();
 })();
