@@ -244,3 +244,6 @@ def test_who_is_missing_is_said_reason_by_reason():
         "nothing from ann: NaN",
         "nothing from person-0, person-1, person-2, person-3, person-4 and 2 more: no answer",
     ]
+    assert list(running._missing({"refused": {}, "kept_seats": {"ann": "it was busy", "bo": "it was busy"}})) == [
+        "no new seat for ann, bo: it was busy"
+    ]

@@ -138,7 +138,7 @@ def _losses(task: Task, data: ClientData, desk: Desk) -> list[float]:
         scored = stream(scored, 0, wanted, order)
     scored += stream(data.train, task.consumed, min(max(0, wanted - len(scored)), len(data.train)), order)
     if not scored:
-        raise FederationError("no validation comparisons to score adapters on; it keeps its seat")
+        raise FederationError("no validation comparisons to score adapters on")
     encoded, _ = desk.selector.encode(scored)
     adapters = [decoded(task.adapters[u], desk.comm_dtype) for u in sorted(task.adapters)]
     margins = letter_margins(desk.selector, adapters, encoded, desk.batch_size, keep=True)

@@ -289,12 +289,20 @@ def _missing(row: Mapping[str, Any]) -> Iterator[str]:
     """Who took no part in a round, reason by reason."""
     for site, why in sorted(row.get("away", {}).items()):
         yield f"{site} took no part: {why}"
+    for who, why in _by_reason(row["refused"]):
+        yield f"nothing from {who}: {why}"
+    for who, why in _by_reason(row.get("kept_seats", {})):
+        yield f"no new seat for {who}: {why}"
+
+
+def _by_reason(reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The clients of each reason, the first few by name, and the reason."""
     clients: dict[str, list[str]] = {}
-    for client, why in sorted(row["refused"].items()):
+    for client, why in sorted(reasons.items()):
         clients.setdefault(why, []).append(client)
     for why, found in sorted(clients.items()):
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-        yield f"nothing from {', '.join(found[:NAMED])}{more}: {why}"
+        yield f"{', '.join(found[:NAMED])}{more}", why
 
 
 def _log_of(deploy: Deploy, number: str) -> str:

@@ -76,10 +76,11 @@ def fedbiscuit_round(
         regrouped=regrouped,
         metrics=metrics,
         refused=exchange.refused,
+        kept_seats=exchange.kept_seats,
         seconds=time.perf_counter() - started,
         bytes_up=exchange.bytes_up,
         bytes_down=exchange.bytes_down,
-        quarantined=tuple(sorted(exchange.quarantined)),
+        quarantined=exchange.quarantined,
         away=exchange.away,
     )
 

@@ -42,8 +42,9 @@ class Exchange:
     """All the talk with clients in one round, over one backend.
 
     ``clients`` are those that can be asked, sorted; ``away`` says which sites cannot and why. ``refused`` maps a client to why
-    its last unusable reply was refused, ``quarantined`` are those of them who sent something. ``bytes_down`` (server to clients)
-    and ``bytes_up``: what really travelled where the backend knows it, else the data of all tensors as they would travel.
+    there is no training of it, ``kept_seats`` to why it chose no other seat: the last unusable reply, until a good one comes.
+    ``quarantined`` says what was wrong with the last reply that was sent and not let in. ``bytes_down`` (server to clients) and
+    ``bytes_up``: what really travelled where the backend knows it, else the data of all tensors as they would travel.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -53,7 +54,8 @@ class Exchange:
         self.clients = _named_once(backend.clients())
         self.away = dict(backend.away)
         self.refused: dict[ClientId, str] = {}
-        self.quarantined: set[ClientId] = set()
+        self.kept_seats: dict[ClientId, str] = {}
+        self.quarantined: dict[ClientId, str] = {}
 
     @property
     def bytes_down(self) -> int:
@@ -81,17 +83,18 @@ class Exchange:
         if isinstance(self._meter, _Meter):
             self._meter.count(tasks, answers)
         task_of = {task.client: task for task in tasks}
+        missing = self.refused if any(task.kind == "train" for task in tasks) else self.kept_seats
         accepted = {}
         for client in sorted(task_of | answers):
             replies = answers.get(client, [])
             reason = _fault(task_of.get(client), replies, check)
             if reason is None:
                 accepted[client] = replies[0]
+                missing.pop(client, None)
             else:
-                self.refused[client] = reason
-                self.quarantined.discard(client)
+                missing[client] = reason
                 if any(reply.ok or reply.unreadable for reply in replies):
-                    self.quarantined.add(client)
+                    self.quarantined[client] = reason
         return accepted
 
 
