@@ -231,7 +231,7 @@ def test_fault_82_a_worker_a_supernode_superlink_and_the_command_are_killed_in_t
     run = town.until_rounds(1, run, cfg)
     town.until_held(2, run)
     assert len(town.rounds("killed")) == 1
-    run.until("nothing from person-0, person-3: the worker at")
+    run.until("nothing from person-0, person-3: this site's worker")
     run.end(signal.SIGKILL)
     again = town.train(cfg, "--resume", "--timeout", PATIENCE)
     again.until("run killed is under way; it is followed")
@@ -242,6 +242,7 @@ def test_fault_82_a_worker_a_supernode_superlink_and_the_command_are_killed_in_t
     first, second = town.rounds("killed")
     away = "ended while it answered; its own log says why"
     assert [client for client, why in first["refused"].items() if why.endswith(away)] == ["person-0", "person-3"]
+    assert str(town.folder) not in json.dumps(first), "a path of the site's machine is not the server's business"
     lost = {client: why for client, why in first["refused"].items() if not why.endswith(away)}
     assert lost == {} or (lost.keys() == {"person-1", "person-4"} and "Node Unavailable" in lost["person-1"]), (
         "the SuperNode came back and was asked again; on a busy machine that may be later than Flower waits"

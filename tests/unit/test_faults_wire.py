@@ -240,7 +240,7 @@ def test_fault_75_a_seat_that_is_no_adapter_or_no_number_leaves_the_client_where
         cfg = cfg_of().model_copy(update={"num_adapters": 2, "warmup_rounds": 0})
         _, record = fedbiscuit_round(init_state([START, START]), backend, cfg, seed=0)
         assert set(record.grouping) == {"ann", "bad", "bo", "cy"}
-        assert told is None or record.refused["bad"].startswith(told)
+        assert told is None or record.kept_seats["bad"].startswith(told)
 
 
 def test_fault_76_77_an_array_that_is_not_plain_bytes_is_never_opened(tmp_path):

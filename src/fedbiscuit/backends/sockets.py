@@ -34,7 +34,10 @@ def receive(connection: socket.socket) -> bytes | None:
 
 
 def ask_at(path: Path, data: bytes, timeout: float) -> bytes:
-    """What the process at a unix socket answers. ``EnvironmentFault`` where none is there, or none in ``timeout`` seconds."""
+    """What the worker at a unix socket answers. ``EnvironmentFault`` where none is there, or none in ``timeout`` seconds.
+
+    Its words may go to the server, so they do not name the path.
+    """
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connection:
         connection.settimeout(timeout)
         try:
@@ -42,13 +45,14 @@ def ask_at(path: Path, data: bytes, timeout: float) -> bytes:
             send(connection, data)
             answer = receive(connection)
         except TimeoutError:
-            raise EnvironmentFault(f"the worker at {path} did not answer in {timeout:g} seconds") from None
+            raise EnvironmentFault(f"this site's worker did not answer in {timeout:g} seconds") from None
         except OSError as error:
             raise EnvironmentFault(
-                f"the worker is not there ({path}: {error.strerror or error}); start it with `fedbiscuit client start`"
+                f"this site's worker is not there ({error.strerror or type(error).__name__}); its administrator starts it with "
+                "`fedbiscuit client start`"
             ) from None
     if answer is None:
-        raise EnvironmentFault(f"the worker at {path} ended while it answered; its own log says why")
+        raise EnvironmentFault("this site's worker ended while it answered; its own log says why")
     return answer
 
 

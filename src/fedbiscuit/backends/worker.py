@@ -29,7 +29,6 @@ from fedbiscuit.types import (
     EnvironmentFault,
     FedbiscuitError,
     FederationError,
-    IntegrityError,
     Reply,
     Task,
     Weights,
@@ -86,11 +85,11 @@ class TakingPart:
 
 def told_outside(error: BaseException) -> str:
     """What the server is told of an error. What may quote the site's data or paths stays in the site's own log."""
-    if isinstance(error, FederationError | IntegrityError):
+    if isinstance(error, FederationError):
         return str(error)
-    if isinstance(error, MemoryError):
-        return "out of memory"
     log.error("%s: %s", type(error).__name__, error)
+    if isinstance(error, MemoryError):
+        return "out of memory; lower batch_size and raise grad_accum"
     return f"this site cannot do it ({type(error).__name__}); its own log says why"
 
 
@@ -118,7 +117,7 @@ class Worker:
         try:
             order = unpack_order(data)
             answer = self._answer(order, is_awaited)
-        except (FederationError, IntegrityError) as error:
+        except FederationError as error:
             answer = Answer(error=str(error))
         except Exception as error:  # whatever it is, the server is told that there is no answer, and the site why
             log.debug("an order failed", exc_info=True)
@@ -214,7 +213,12 @@ class Worker:
             if task.kind == "evaluate":  # what it will have scored takes the place of what seats were chosen by before
                 self._done = {k: one for k, one in self._done.items() if k[1] != task.client or k[2] == "train"}
             adapters = {u: self._adapters[digest] for u, digest in wanted.items()}
-            reply = part.backend.run([full := replace(task, adapters=adapters)])[0]
+            full = replace(task, adapters=adapters)
+            try:
+                reply = part.backend.run([full])[0]
+            except Exception as error:  # costs this client, not the others of this site
+                log.debug("a task failed", exc_info=True)
+                reply = Reply(task.client, ok=False, error=told_outside(error))
             if task.kind == "train" and reply.ok and part.look is not None:
                 self._to_look_at.append((part, full))
         if reply.ok:
