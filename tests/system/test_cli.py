@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 import fedbiscuit
 from fedbiscuit import cli
+from fedbiscuit.cli import entry
 from fedbiscuit.config import load_config, parse_config
 from fedbiscuit.terminal import ProgressLines, print_evaluation, print_next
 from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, FederationError, IntegrityError
@@ -390,6 +392,13 @@ def test_mistake_16_an_unexpected_error_is_no_success_and_its_traceback_is_for_d
     monkeypatch.setenv("FEDBISCUIT_DEBUG", "1")
     cli.main(["train", "a.yaml"])
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_warning_cannot_steer_the_terminal_nor_pass_for_a_line_of_ours(monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with entry._quiet_libraries():
+        logging.getLogger("fedbiscuit").warning("nothing from %s: no\nerror: all is lost", "\x1b]0;pwn\x07\x1b[2Jann")
+    assert capsys.readouterr().err == "warning: nothing from \\x1b]0;pwn\\x07\\x1b[2Jann: no\n  error: all is lost\n"
 
 
 @pytest.mark.parametrize(

@@ -397,6 +397,16 @@ def test_sites_that_take_no_part_are_named_as_their_keys_are_with_the_reason(tmp
     assert len(said) == 2, "what has been said is not said again"
 
 
+def test_a_site_fills_no_log_with_its_reasons_and_names(tmp_path):
+    long, strange = Answer(error="x" * 400_000), Answer([f"{k}-" + "y" * 900 for k in range(9)])
+    grid = DictGrid({1: lambda data: answering(data, long), 2: lambda data: answering(data, strange)})
+    there = backend(grid, registered={1: ("site-a", []), 2: ("site-b", [])})
+    assert there.clients() == []
+    assert there.away["site-a"] == "x" * 300
+    (named,) = [who for who in there.away if who.endswith(" of site-b")]
+    assert len(named) < 400
+
+
 @pytest.mark.parametrize("code", [3, 4])
 def test_an_order_that_flower_lets_expire_is_an_answer_that_did_not_come_in_time(tmp_path, code):
     from types import SimpleNamespace
