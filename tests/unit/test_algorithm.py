@@ -593,6 +593,21 @@ def test_asking_for_more_replies_than_a_cohort_has_is_an_error_before_any_traini
     assert not town.asked
 
 
+def test_fault_81_too_few_clients_are_an_error_that_names_the_sites_that_are_away_and_why() -> None:
+    gone = Town(FOUR)
+    gone.away = {"site-c": "it is not connected"}  # type: ignore[misc]
+    told = r"min_replies is 5, but a cohort has only 4 clients \(site-c: it is not connected\); mend these clients, or lower"
+    with pytest.raises(FederationError, match=told):
+        fedbiscuit_round(init_state([adapter()]), gone, cfg_of(min_replies=5), seed=0)
+    failing = Town(FOUR, spoiled(*FOUR, ok=False, error="out of memory"))
+    failing.away = gone.away  # type: ignore[misc]
+    with pytest.raises(FederationError, match=r"good replies .*di: out of memory; site-c: it is not connected\)"):
+        fedbiscuit_round(init_state([adapter()]), failing, cfg_of(), seed=0)
+    gone.wishes = {}
+    with pytest.raises(FederationError, match=r"no client can be asked \(site-c: it is not connected\)"):
+        fedbiscuit_round(init_state([adapter()]), gone, cfg_of(), seed=0)
+
+
 def test_no_clients_and_no_adapters_are_errors_that_say_so() -> None:
     with pytest.raises(FederationError, match="no client can be asked"):
         fedbiscuit_round(init_state([adapter()]), Town({}), cfg_of(), seed=0)

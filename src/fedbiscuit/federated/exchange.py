@@ -51,11 +51,22 @@ class Exchange:
         self._backend = backend
         self._meter = backend if isinstance(backend, Metered) else _Meter()
         self._before = self._meter.bytes_down, self._meter.bytes_up
-        self.clients = _named_once(backend.clients())
+        clients = backend.clients()  # which finds out who is away
         self.away = dict(backend.away)
         self.refused: dict[ClientId, str] = {}
         self.kept_seats: dict[ClientId, str] = {}
         self.quarantined: dict[ClientId, str] = {}
+        if not clients:
+            raise FederationError(
+                f"no client can be asked{self.missing()}; check that clients have data and are connected"
+            )
+        self.clients = _named_once(clients)
+
+    def missing(self) -> str:
+        """Who is missing and why, clients and sites, in brackets; nothing where nobody is."""
+        found = {**self.refused, **self.away}
+        reasons = "; ".join(f"{who}: {why}" for who, why in sorted(found.items()))
+        return f" ({reasons})" if found else ""
 
     @property
     def bytes_down(self) -> int:
@@ -124,8 +135,6 @@ def _fault(task: Task | None, replies: Sequence[Reply], check: Check) -> str | N
 
 def _named_once(clients: Iterable[ClientId]) -> tuple[ClientId, ...]:
     counts = Counter(clients)
-    if not counts:
-        raise FederationError("no client can be asked; check that clients have data and are connected")
     name, times = counts.most_common(1)[0]
     if times > 1:
         raise FederationError(f"{times} clients are called {name!r}; give each client a name of its own")
