@@ -241,8 +241,8 @@ class ServerState:
 class RoundRecord:
     """What happened in one round: a line of ``metrics.jsonl``.
 
-    refused: who was asked to train and has not, and why. bytes_up, bytes_down: what travelled; with all clients in one process, the
-    tensors as they would. quarantined: who sent something that is not let in, and what was wrong with it.
+    refused: who was asked to train and has not, and why. bytes_up, bytes_down: what travelled; with all clients in one process,
+    the tensors as they would. quarantined: who sent something that is not let in, and what was wrong with it.
     """
 
     round: int

@@ -139,7 +139,10 @@ class Town:
         """Flower's processes of this server, whose command line has its folder."""
         found = []
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            words = entry.read_bytes().decode(errors="replace") if entry.exists() else ""
+            try:
+                words = entry.read_bytes().decode(errors="replace")
+            except OSError:  # it has ended in between
+                continue
             if program in words and str(self.deploy) in words:
                 found.append(int(entry.parent.name))
         return found

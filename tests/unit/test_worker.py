@@ -551,7 +551,7 @@ def test_a_worker_that_ends_while_it_answers_is_an_error_that_says_so(tmp_path):
         thread = threading.Thread(target=drop)
         thread.start()
         with pytest.raises(
-            EnvironmentFault, match="^this site's worker ended while it answered; its own log says why$"
+            EnvironmentFault, match=r"^this site's worker ended while it answered; its own log says why$"
         ):
             ask_at(tmp_path / "w", HELLO, 20)
         thread.join()

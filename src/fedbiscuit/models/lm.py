@@ -315,7 +315,8 @@ class LM:
         if weights.keys() != self._slots.keys():
             odd = sorted(weights.keys() ^ self._slots.keys())
             raise IntegrityError(
-                f"the adapter is not one of {self.public_name} with these LoRA settings: {len(odd)} tensors differ, first {odd[0]}"
+                f"the adapter is not one of {self.public_name} with these LoRA settings: {len(odd)} tensors differ, first "
+                f"{odd[0]}"
             )
         with torch.no_grad():
             for name, parameter in self._slots.items():
