@@ -6,6 +6,7 @@ Every message starts a fresh ClientApp process, so it loads no torch: the worker
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -28,7 +29,9 @@ def _answer(message: Message, context: Context) -> Message:
     from fedbiscuit.types import FedbiscuitError
 
     config, worker = context.node_config, Path(str(context.node_config["worker"]))
-    patience = min(float(config.get("timeout", 3600.0)), message.metadata.ttl)  # after that nobody waits at the server
+    age = max(0.0, time.time() - message.metadata.created_at)  # 0 where the clocks differ the other way
+    left = max(0.0, message.metadata.ttl - age)  # after that nobody waits at the server
+    patience = min(float(config.get("timeout", 3600.0)), left)
     try:
         data = ask_at(worker, message_bytes(message), patience)
         return Message(record_of(data), reply_to=message)

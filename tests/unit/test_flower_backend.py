@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -453,3 +454,21 @@ def test_while_superlink_is_away_flower_tries_for_the_time_that_is_left_and_then
     grid.pull_messages = lambda ids: SimpleNamespace().nothing
     with pytest.raises(AttributeError):
         there.run([training("ann", ADAPTERS)])
+
+
+@pytest.mark.parametrize(("age", "left"), [(0.0, 600.0), (450.0, 150.0), (-200.0, 600.0), (700.0, 0.0)])
+def test_fault_80_a_site_waits_for_its_worker_no_longer_than_somebody_waits_at_the_server(monkeypatch, age, left):
+    import time
+
+    from fedbiscuit import flower_app
+    from fedbiscuit.backends import sockets
+    from fedbiscuit.backends.flower_messages import record_of
+
+    asked = []
+    monkeypatch.setattr(sockets, "ask_at", lambda path, data, timeout: asked.append(timeout) or b"")
+    monkeypatch.setattr(time, "time", lambda: 1000.0 + age)
+    monkeypatch.setattr(flower_app, "Message", lambda content, reply_to: content)
+    metadata = SimpleNamespace(ttl=600.0, created_at=1000.0)
+    message = SimpleNamespace(metadata=metadata, content=record_of(b"x"), has_error=lambda: False)
+    flower_app._answer(message, SimpleNamespace(node_config={"worker": "/w"}))
+    assert asked == [left]

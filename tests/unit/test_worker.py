@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -535,6 +536,17 @@ def test_a_worker_that_is_not_there_or_does_not_answer_is_an_error_that_says_so(
     slow = r"^this site's worker did not answer in 0\.3 seconds$"
     with served(world, tmp_path / "w"), pytest.raises(EnvironmentFault, match=slow):
         ask_at(tmp_path / "w", SEATED, 0.3)
+
+
+def test_fault_80_a_worker_that_answers_bit_by_bit_has_one_deadline_for_all(world, tmp_path, monkeypatch):
+    looks = itertools.count(0, 40)  # so many seconds go by from one look at the clock to the next
+    monkeypatch.setattr(sockets, "monotonic", lambda: float(next(looks)), raising=False)
+    with served(world, tmp_path / "w"):
+        with pytest.raises(EnvironmentFault, match=r"did not answer in 100 seconds"):
+            ask_at(tmp_path / "w", HELLO, 100)
+        assert unpack_answer(ask_at(tmp_path / "w", HELLO, 1e6)).clients == ["ann", "bo"]
+        with pytest.raises(EnvironmentFault, match=r"did not answer in 0 seconds"):
+            ask_at(tmp_path / "w", HELLO, 0)
 
 
 def test_a_worker_that_ends_while_it_answers_is_an_error_that_says_so(tmp_path):
