@@ -159,6 +159,15 @@ def test_resume_and_overrides_work_in_any_order(words, calls):
     assert (name, cfg.seed, cfg.selectors.local.lr, resume) == ("run_all", 7, 1e-5, True)
 
 
+def test_gpus_of_this_machine_train_no_clients_of_other_machines(calls, capsys, tmp_path):
+    words = ["a.yaml", "--backend", "flower", "--deploy", str(tmp_path), "--gpus", "2"]
+    assert cli.main(["train", *words]) == 2
+    assert "--gpus 2: with --backend flower the clients train on their own machines" in capsys.readouterr().err
+    assert cli.main(["run", *words]) == 2
+    assert "no deploy.json" in capsys.readouterr().err, "the alignment of a run is here, and may have them"
+    assert calls == []
+
+
 def test_a_negative_value_is_a_value_and_not_an_option(calls, capsys):
     assert cli.main(["run", "a.yaml", "seed", "-1"]) == 2
     assert capsys.readouterr().err == (

@@ -433,7 +433,11 @@ def test_a_message_that_announces_too_much_is_refused_before_it_is_read(world, t
     monkeypatch.setattr(sockets, "MAX_BYTES", 1000)
     with served(world, tmp_path / "w"), closing(connected(tmp_path / "w")) as one:
         one.sendall((1001).to_bytes(8, "little"))
-        assert unpack_answer(receive(one)) == nothing_done(error="message: 1001 bytes; at most 1000 are read")
+        answer = receive(one)
+    assert unpack_answer(answer) == nothing_done(error="message: 1001 bytes; at most 1000 are read")
+    (row,) = world.rows()
+    assert (row["run"], row["error"], row["bytes_in"]) == ("", "message: 1001 bytes; at most 1000 are read", 0)
+    assert row["bytes_out"] == len(answer), "nothing leaves without a line"
 
 
 def test_memory_grows_with_what_came_not_with_what_was_announced():

@@ -122,9 +122,17 @@ class Worker:
         except Exception as error:  # whatever it is, the server is told that there is no answer, and the site why
             log.debug("an order failed", exc_info=True)
             answer = Answer(error=told_outside(error))
-        packed = pack_answer(replace(answer, order=digest_of(data)))
+        return self._noted(order, replace(answer, order=digest_of(data)), len(data))
+
+    def refuse(self, why: str) -> bytes:
+        """The answer to a message that was not read."""
+        return self._noted(Order("", ""), Answer(error=why), 0)
+
+    def _noted(self, order: Order, answer: Answer, num_in: int) -> bytes:
+        """The answer as bytes, once it stands in the ledger."""
+        packed = pack_answer(answer)
         try:
-            self._note(order, answer, len(data), len(packed))
+            self._note(order, answer, num_in, len(packed))
         except OSError as error:
             log.error("%s: %s; nothing is sent without it", self.ledger, error.strerror or error)
             return pack_answer(Answer(error="this site cannot write its ledger, and sends nothing without"))
@@ -329,7 +337,7 @@ def _serve_one(connection: socket.socket, worker: Worker, at_once: threading.Sem
             try:
                 data = receive(connection)
             except FederationError as error:
-                send(connection, pack_answer(Answer(error=str(error))))
+                send(connection, worker.refuse(str(error)))
                 return
             if data is not None:
                 send(connection, worker.answer(data, lambda: _listens(connection)))
