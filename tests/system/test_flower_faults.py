@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 from tests.flow.test_run import digests, settings, write_world
-from tests.system.test_flower import COMMAND, fedbiscuit, free_port, pytestmark
+from tests.ports import free_port
+from tests.system.test_flower import COMMAND, fedbiscuit, pytestmark
 
 from fedbiscuit import pipeline
 from fedbiscuit.backends.inprocess import InProcessBackend
@@ -55,7 +56,7 @@ class Process:
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.popen.send_signal(number)
-        return self.popen.wait(120)
+        return self.popen.wait(300)
 
 
 def until(holds: Callable[[], bool], lives: Callable[[], bool], said: Callable[[], str]) -> None:
@@ -250,6 +251,9 @@ def test_fault_82_a_worker_a_supernode_superlink_and_the_command_are_killed_in_t
     assert lost == {} or (lost.keys() == {"person-1", "person-4"} and "Node Unavailable" in lost["person-1"]), (
         "the SuperNode came back and was asked again; on a busy machine that may be later than Flower waits"
     )
+    asked = [json.loads(line) for line in (town.folder / "site-1" / "ledger.jsonl").read_text().splitlines()]
+    trained = [row for row in asked if row["run"] == "killed" and row["rounds"] == [0] and "train" in row["asked"]]
+    assert len(trained) >= 2 or lost, "the SuperNode that came back was asked again"
     assert second["refused"] == {}
     assert {f"person-{k}" for k in range(6)} - set(second["cohort"]) <= lost.keys(), "a worker that was killed is back"
     check_replay(town, cfg)
