@@ -412,6 +412,63 @@ def test_a_server_starts_lets_a_site_join_and_ends_with_all_of_its_processes(ser
     assert again.programs() == {}
 
 
+class JoiningSite:
+    """``fedbiscuit client start`` in a process of its own, and what it has printed."""
+
+    def __init__(self, folder: Path, data: Path, *words: object) -> None:
+        self.log = folder.with_suffix(".log")
+        argv = [sys.executable, "-m", "fedbiscuit", "client", "start", folder, "--data", data, *words]
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                list(map(str, argv)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def says(self, text: str) -> bool:
+        return text in self.log.read_text()
+
+    def ended(self) -> int:
+        """Its exit code, when it has given up by itself."""
+        until(lambda: self.process.poll() is not None)
+        return self.process.returncode
+
+
+@needs_flower
+def test_fault_78_sites_that_may_not_join_say_why_and_what_to_do(server: Server, tmp_path: Path) -> None:
+    deploy, data = server.deploy, tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "p", "output_a": "a", "output_b": "b", "choice": 0, "client": "ann"}) + "\n")
+    other = init(tmp_path / "other", port=free_port())
+    plain = init(tmp_path / "plain", port=free_port(), insecure=True)
+    without_tls = Server(plain, tmp_path / "plain.log")
+    at, trust, sites = f"localhost:{deploy.port}", deploy.folder / "ca.crt", []
+    try:
+        without_tls.started()
+        for name, *words in (
+            ("stranger", "--server", at, "--ca", trust),
+            ("misled", "--server", at, "--ca", other.folder / "ca.crt"),
+            ("keyless", "--server", at, "--insecure"),
+            ("secure", "--server", f"localhost:{plain.port}", "--ca", trust),
+        ):
+            assert command("client", "init", tmp_path / name).returncode == 0
+            sites.append(JoiningSite(tmp_path / name, data, *words))
+        stranger, misled, keyless, secure = sites
+        assert misled.ended() == 4, misled.log.read_text()
+        assert f"the server {at} is not who --ca {other.folder / 'ca.crt'} says" in misled.log.read_text()
+        assert secure.ended() == 4, secure.log.read_text()
+        assert f"the server localhost:{plain.port} speaks without TLS there" in secure.log.read_text()
+        until(lambda: stranger.says("does not know the key of this site; send "))
+        assert stranger.says(f"send {tmp_path / 'stranger' / 'key.pub'} to its administrator")
+        assert stranger.process.poll() is None, "it is tried again until it is registered"
+        until(lambda: keyless.says("the server") or keyless.process.poll() is not None)
+        assert keyless.says("has it TLS where --ca is given and none where it is not"), keyless.log.read_text()
+    finally:
+        for one in sites:
+            if one.process.poll() is None:
+                one.process.terminate()
+        for one in sites:
+            one.process.wait(timeout=120)
+        without_tls.end()
+
+
 APP = """
 [project]
 name = "sleeper"

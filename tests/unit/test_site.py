@@ -211,6 +211,7 @@ LOGS = {
     2004: "ERROR :     Exit Code: 305\nFailed to initialize the connection to the SuperLink.\n[code: 2004] Failed to activate SuperNode.\n",
     2001: "[code: 2001] SuperNode authentication is enabled. All SuperNodes must be registered via the CLI.\n",
     "ca": "ERROR :     SSL/TLS handshake error detected.\n[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer certificate (_ssl.c:1006)\n",
+    "plain": "ERROR :     SSL/TLS handshake error detected.\n[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)\n",
     "gone": "WARNING :   Connection attempt failed, retrying in 2.47 seconds\n",
     "there": "INFO :      SuperNode ID: 18274173456842496426\n",
 }
@@ -250,6 +251,7 @@ def test_fault_78_a_key_that_is_not_registered_is_said_once_with_what_to_send_an
     [
         (2001, "takes only sites with a registered key, and without TLS no key is shown; leave --insecure out"),
         ("ca", "the server h:1 is not who --ca ca.crt says"),
+        ("plain", "the server h:1 speaks without TLS there; check the port"),
     ],
 )
 def test_what_trying_again_cannot_mend_ends_it(tmp_path, log, told):
