@@ -189,16 +189,19 @@ def test_nothing_of_the_run_before_is_left_when_another_is_submitted(world, link
 
 
 def test_while_flower_is_told_of_a_run_nobody_else_begins_one(world, link, monkeypatch):
+    begun: list[tuple[str, ...]] = []
     (world.jobs / "one.number").unlink()
     (world.jobs / "one.json").unlink()
 
     def goes(deploy: Deploy, *words: str) -> dict[str, object]:
         if words[0] == "run":
+            begun.append(words)
+            assert len(begun) == 1, "a second one is begun"
             assert not (world.jobs / "one.number").exists()
             for name in ("one", "other"):
                 second = world.cfg.model_copy(update={"name": name})
                 with pytest.raises(EnvironmentFault, match=re.escape(str(world.jobs))):
-                    train(SimpleNamespace(**{**vars(world), "cfg": second}))
+                    train(SimpleNamespace(**{**vars(world), "cfg": second}), resume=False)
             says_that_it_has_ended(world)
         return link.ask(deploy, *words)
 
@@ -207,7 +210,8 @@ def test_while_flower_is_told_of_a_run_nobody_else_begins_one(world, link, monke
     assert [words[0] for words in link.asked] == ["run"]
 
 
-def test_fault_83_a_run_whose_command_was_killed_while_it_began_is_found_and_followed(world, link, caplog):
+def test_fault_83_a_run_whose_command_was_killed_while_it_began_is_found_and_followed(world, link, caplog, monkeypatch):
+    monkeypatch.setattr(running, "_submit", lambda *rest: pytest.fail("it was begun again"))
     (world.jobs / "one.number").unlink()
     (world.jobs / "one.json").touch()
     with pytest.raises(EnvironmentFault, match="run one is under way; follow it with --resume"):
@@ -221,7 +225,6 @@ def test_fault_83_a_run_whose_command_was_killed_while_it_began_is_found_and_fol
     with pytest.raises(FederationError, match="has not begun with this run"):
         train(world)
     assert "run one is under way; it is followed" in caplog.text
-    assert not any(words[0] == "run" for words in link.asked)
     assert link.asked[-1] == ("stop", "7")
 
 
