@@ -5,6 +5,8 @@ Every message starts a fresh ClientApp process, so it loads no torch: the worker
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -16,6 +18,8 @@ __all__ = ["client", "server"]
 client = ClientApp()
 server = ServerApp()
 
+log = logging.getLogger("fedbiscuit")
+
 
 @client.query()
 def _answer(message: Message, context: Context) -> Message:
@@ -24,12 +28,15 @@ def _answer(message: Message, context: Context) -> Message:
     from fedbiscuit.backends.sockets import ask_at
     from fedbiscuit.types import FedbiscuitError
 
-    config = context.node_config
-    patience = min(float(config.get("timeout", 3600.0)), message.metadata.ttl)  # after that nobody waits at the server
+    config, worker = context.node_config, Path(str(context.node_config["worker"]))
+    age = max(0.0, time.time() - message.metadata.created_at)  # 0 where the clocks differ the other way
+    left = max(0.0, message.metadata.ttl - age)  # after that nobody waits at the server
+    patience = min(float(config.get("timeout", 3600.0)), left)
     try:
-        data = ask_at(Path(str(config["worker"])), message_bytes(message), patience)
+        data = ask_at(worker, message_bytes(message), patience)
         return Message(record_of(data), reply_to=message)
     except FedbiscuitError as error:
+        log.error("%s: %s", worker, error)  # where it is, this site's own log alone is told
         return Message(failure_of(str(error)), reply_to=message)
 
 

@@ -241,8 +241,8 @@ class ServerState:
 class RoundRecord:
     """What happened in one round: a line of ``metrics.jsonl``.
 
-    bytes_up, bytes_down: what travelled; with all clients in one process, the tensors as they would. quarantined: those of
-    ``refused`` who did answer, with something that is not let in.
+    refused: who was asked to train and has not, and why. bytes_up, bytes_down: what travelled; with all clients in one process,
+    the tensors as they would. quarantined: who sent something that is not let in, and what was wrong with it.
     """
 
     round: int
@@ -256,9 +256,11 @@ class RoundRecord:
     seconds: float
     bytes_up: int
     bytes_down: int
-    quarantined: tuple[ClientId, ...] = ()
+    quarantined: Mapping[ClientId, str] = field(default_factory=dict)
     away: Mapping[str, str] = field(default_factory=dict)
     """Sites that took no part, and why."""
+    kept_seats: Mapping[ClientId, str] = field(default_factory=dict)
+    """Who was asked for a seat in a regrouping and has chosen none, and why."""
 
 
 # Randomness: every draw is a stateless function of what it is for, so nothing random is ever saved.

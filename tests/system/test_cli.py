@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 import fedbiscuit
 from fedbiscuit import cli
+from fedbiscuit.cli import entry
 from fedbiscuit.config import load_config, parse_config
 from fedbiscuit.terminal import ProgressLines, print_evaluation, print_next
 from fedbiscuit.types import ConfigError, DataError, EnvironmentFault, FederationError, IntegrityError
@@ -155,6 +157,15 @@ def test_resume_and_overrides_work_in_any_order(words, calls):
     assert cli.main(["run", *words]) == 0
     name, cfg, resume = calls[0]
     assert (name, cfg.seed, cfg.selectors.local.lr, resume) == ("run_all", 7, 1e-5, True)
+
+
+def test_gpus_of_this_machine_train_no_clients_of_other_machines(calls, capsys, tmp_path):
+    words = ["a.yaml", "--backend", "flower", "--deploy", str(tmp_path), "--gpus", "2"]
+    assert cli.main(["train", *words]) == 2
+    assert "--gpus 2: with --backend flower the clients train on their own machines" in capsys.readouterr().err
+    assert cli.main(["run", *words]) == 2
+    assert "no deploy.json" in capsys.readouterr().err, "the alignment of a run is here, and may have them"
+    assert calls == []
 
 
 def test_a_negative_value_is_a_value_and_not_an_option(calls, capsys):
@@ -390,6 +401,13 @@ def test_mistake_16_an_unexpected_error_is_no_success_and_its_traceback_is_for_d
     monkeypatch.setenv("FEDBISCUIT_DEBUG", "1")
     cli.main(["train", "a.yaml"])
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_warning_cannot_steer_the_terminal_nor_pass_for_a_line_of_ours(monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with entry._quiet_libraries():
+        logging.getLogger("fedbiscuit").warning("nothing from %s: no\nerror: all is lost", "\x1b]0;pwn\x07\x1b[2Jann")
+    assert capsys.readouterr().err == "warning: nothing from \\x1b]0;pwn\\x07\\x1b[2Jann: no\n  error: all is lost\n"
 
 
 @pytest.mark.parametrize(

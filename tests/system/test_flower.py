@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.flow.test_run import settings, without_traffic, write_world
+from tests.ports import free_port
 from tests.recording import Recorder, bodies, holds
 
 from fedbiscuit import pipeline
@@ -34,13 +34,6 @@ pytestmark = pytest.mark.skipif(
 
 CHANGES = ("evaluation.compare_global=false", "selectors.rounds=3", "selectors.price_steps=2")
 COMMAND = [sys.executable, "-W", "ignore", "-m", "fedbiscuit"]
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def fedbiscuit(*words: object) -> str:

@@ -20,6 +20,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tests.ports import free_port
 
 from fedbiscuit.deployment import registration, serving
 from fedbiscuit.deployment.programs import program
@@ -30,17 +31,13 @@ from fedbiscuit.types import ConfigError, EnvironmentFault, IntegrityError
 needs_flower = pytest.mark.skipif(
     importlib.util.find_spec("flwr") is None, reason="Flower is not installed: pip install 'fedbiscuit[flower]'"
 )
+PATIENCE = 300.0
+"""Seconds: more than what the programs themselves give one another (``serving.START_SECONDS``)."""
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed: apt install nginx-light")
 
 
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+def until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not come to hold"
@@ -57,7 +54,7 @@ def runs(pid: int) -> bool:
 
 def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "fedbiscuit", *map(str, words)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def key_pair(folder: Path, name: str) -> Path:
@@ -374,7 +371,7 @@ class Server:
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=120)
 
 
 @pytest.fixture
@@ -415,6 +412,63 @@ def test_a_server_starts_lets_a_site_join_and_ends_with_all_of_its_processes(ser
     assert again.programs() == {}
 
 
+class JoiningSite:
+    """``fedbiscuit client start`` in a process of its own, and what it has printed."""
+
+    def __init__(self, folder: Path, data: Path, *words: object) -> None:
+        self.log = folder.with_suffix(".log")
+        argv = [sys.executable, "-m", "fedbiscuit", "client", "start", folder, "--data", data, *words]
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                list(map(str, argv)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def says(self, text: str) -> bool:
+        return text in self.log.read_text()
+
+    def ended(self) -> int:
+        """Its exit code, when it has given up by itself."""
+        until(lambda: self.process.poll() is not None)
+        return self.process.returncode
+
+
+@needs_flower
+def test_fault_78_sites_that_may_not_join_say_why_and_what_to_do(server: Server, tmp_path: Path) -> None:
+    deploy, data = server.deploy, tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "p", "output_a": "a", "output_b": "b", "choice": 0, "client": "ann"}) + "\n")
+    other = init(tmp_path / "other", port=free_port())
+    plain = init(tmp_path / "plain", port=free_port(), insecure=True)
+    without_tls = Server(plain, tmp_path / "plain.log")
+    at, trust, sites = f"localhost:{deploy.port}", deploy.folder / "ca.crt", []
+    try:
+        without_tls.started()
+        for name, *words in (
+            ("stranger", "--server", at, "--ca", trust),
+            ("misled", "--server", at, "--ca", other.folder / "ca.crt"),
+            ("keyless", "--server", at, "--insecure"),
+            ("secure", "--server", f"localhost:{plain.port}", "--ca", trust),
+        ):
+            assert command("client", "init", tmp_path / name).returncode == 0
+            sites.append(JoiningSite(tmp_path / name, data, *words))
+        stranger, misled, keyless, secure = sites
+        assert misled.ended() == 4, misled.log.read_text()
+        assert f"the server {at} is not who --ca {other.folder / 'ca.crt'} says" in misled.log.read_text()
+        assert secure.ended() == 4, secure.log.read_text()
+        assert f"the server localhost:{plain.port} speaks without TLS there" in secure.log.read_text()
+        until(lambda: stranger.says("does not know the key of this site; send "))
+        assert stranger.says(f"send {tmp_path / 'stranger' / 'key.pub'} to its administrator")
+        assert stranger.process.poll() is None, "it is tried again until it is registered"
+        until(lambda: keyless.says("the server") or keyless.process.poll() is not None)
+        assert keyless.says("has it TLS where --ca is given and none where it is not"), keyless.log.read_text()
+    finally:
+        for one in sites:
+            if one.process.poll() is None:
+                one.process.terminate()
+        for one in sites:
+            one.process.wait(timeout=120)
+        without_tls.end()
+
+
 APP = """
 [project]
 name = "sleeper"
@@ -452,7 +506,7 @@ def test_a_run_under_way_ends_with_its_server_also_with_an_insecure_one(tmp_path
         assert "warning: insecure" in server.log.read_text()
         env, name = connection_of(deploy)
         argv = [program("flwr"), "run", str(tmp_path / "app"), name, "--format", "json"]
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=PATIENCE)
         assert json.loads(done.stdout)["success"], done.stdout + done.stderr
         until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
         app = int((tmp_path / "pid").read_text())
@@ -511,7 +565,7 @@ def test_the_proxy_publishes_two_places_and_hands_on_the_path_that_it_has_checke
 def asked(deploy: Deploy, port: int, method: str, path: str) -> int:
     """The status of a request, its path sent as it is."""
     trust = ssl.create_default_context(cafile=str(deploy.folder / "ca.crt"))
-    with closing(http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=trust)) as connection:
+    with closing(http.client.HTTPSConnection("127.0.0.1", port, timeout=120, context=trust)) as connection:
         connection.request(
             method, path, headers={"Content-Type": "application/protobuf", "Accept": "application/protobuf"}
         )
@@ -537,11 +591,11 @@ def published(server: Server, tmp_path: Path) -> Iterator[int]:
     assert NGINX is not None
     process = subprocess.Popen([NGINX, "-c", str(home / "all.conf"), "-e", str(home / "error.log")])
     try:
-        until(lambda: process.poll() is not None or is_healthy(Deploy(server.deploy.folder, (), port, False)), 20)
+        until(lambda: process.poll() is not None or is_healthy(Deploy(server.deploy.folder, (), port, False)))
         yield port
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=120)
 
 
 @needs_flower
@@ -589,7 +643,7 @@ def test_through_the_proxy_a_site_joins_and_nobody_gives_orders(server: Server, 
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(timeout=10)
+            process.wait(timeout=60)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -501,7 +501,8 @@ def regrouped(changes: dict[str, Any], **settings: Any) -> tuple[Grouping, dict[
 
     start = replace(init_state([adapter(-0.1), adapter(0.1)]), grouping={"bo": 0})
     _, record = fedbiscuit_round(start, Town(FOUR, answer), biscuit(**settings), seed=0)
-    return record.grouping, dict(record.refused)
+    assert not record.refused, "bo has trained"
+    return record.grouping, dict(record.kept_seats)
 
 
 @pytest.mark.parametrize("losses", [[math.nan, 0.1], [0.1, math.inf], [0.1], "ab", ["0.1", "0.2"], None, [0.1] * 3])
@@ -547,6 +548,34 @@ def test_fault_81_a_round_with_too_few_replies_is_repeated_with_another_cohort()
     assert value(state) == 1.0
 
 
+def test_fault_81_who_trained_in_a_second_attempt_is_not_called_missing_and_what_was_wrong_before_is_kept() -> None:
+    asked: list[ClientId] = []
+
+    def late(task: Task, reply: Reply) -> Reply:
+        asked.append(task.client)
+        if asked.count(task.client) > 1:
+            return reply
+        bad = {A: torch.full((2,), math.nan), B: torch.zeros(1)}
+        return replace(reply, delta=bad) if task.client == "ann" else Reply(task.client, ok=False, error="too late")
+
+    _, record = fedbiscuit_round(init_state([adapter()]), Town(FOUR, late), cfg_of(min_replies=4), seed=0)
+    assert record.metrics["num_replies"] == 4
+    assert record.refused == {}
+    assert list(record.quarantined) == ["ann"]
+    assert "non-finite" in record.quarantined["ann"]
+
+
+def test_who_answers_no_evaluation_keeps_its_seat_and_is_not_called_missing_when_it_has_trained() -> None:
+    def answer(task: Task, reply: Reply) -> Reply:
+        no = Reply("bo", ok=False, error="this site does no tasks of the kind evaluate")
+        return no if (task.client, task.kind) == ("bo", "evaluate") else reply
+
+    start = replace(init_state([adapter(-0.1), adapter(0.1)]), grouping={"bo": 0})
+    _, record = fedbiscuit_round(start, Town(FOUR, answer), biscuit(), seed=0)
+    assert (record.metrics["num_replies"], record.grouping["bo"], record.refused) == (4, 0, {})
+    assert record.kept_seats == {"bo": "this site does no tasks of the kind evaluate"}
+
+
 def test_fault_81_when_no_cohort_answers_the_error_names_who_and_why_and_the_state_is_unchanged() -> None:
     state = init_state([adapter()])
     town = Town(FOUR, spoiled(*FOUR, ok=False, error="out of memory"))
@@ -562,6 +591,21 @@ def test_asking_for_more_replies_than_a_cohort_has_is_an_error_before_any_traini
     with pytest.raises(FederationError, match="min_replies is 5, but a cohort has only 4"):
         fedbiscuit_round(init_state([adapter()]), town, cfg_of(min_replies=5), seed=0)
     assert not town.asked
+
+
+def test_fault_81_too_few_clients_are_an_error_that_names_the_sites_that_are_away_and_why() -> None:
+    gone = Town(FOUR)
+    gone.away = {"site-c": "it is not connected"}  # type: ignore[misc]
+    told = r"min_replies is 5, but a cohort has only 4 clients \(site-c: it is not connected\); mend these clients, or lower"
+    with pytest.raises(FederationError, match=told):
+        fedbiscuit_round(init_state([adapter()]), gone, cfg_of(min_replies=5), seed=0)
+    failing = Town(FOUR, spoiled(*FOUR, ok=False, error="out of memory"))
+    failing.away = gone.away  # type: ignore[misc]
+    with pytest.raises(FederationError, match=r"good replies .*di: out of memory; site-c: it is not connected\)"):
+        fedbiscuit_round(init_state([adapter()]), failing, cfg_of(), seed=0)
+    gone.wishes = {}
+    with pytest.raises(FederationError, match=r"no client can be asked \(site-c: it is not connected\)"):
+        fedbiscuit_round(init_state([adapter()]), gone, cfg_of(), seed=0)
 
 
 def test_no_clients_and_no_adapters_are_errors_that_say_so() -> None:

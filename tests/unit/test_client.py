@@ -142,6 +142,28 @@ def test_a_fault_of_ours_is_not_hidden_as_a_failed_client(desk):
         backend.run([Task("train", "nobody", 0, {0: two_adapters(desk)[0]}, local=LOCAL)])
 
 
+def test_fault_88_what_a_client_says_of_its_memory_or_of_a_strange_adapter_names_no_path(desk, monkeypatch, caplog):
+    from fedbiscuit.backends import client
+    from fedbiscuit.backends.worker import told_outside
+
+    assert "/" in desk.selector.lm.name
+    backend = InProcessBackend(desk, {"ann": holder()}, told_outside)
+    strange = {0: {"other": torch.zeros(1)}}
+    short = {0: {name: tensor[:1] for name, tensor in two_adapters(desk)[0].items()}}
+    for kind, adapters in (("train", strange), ("evaluate", strange), ("train", short)):
+        (reply,) = backend.run([Task(kind, "ann", 0, adapters, local=LOCAL)])
+        assert "tensors differ" in reply.error or "shape" in reply.error
+        assert desk.selector.lm.name not in reply.error
+
+    def fails(*rest):
+        raise RuntimeError("CUDA out of memory; process 4711, /home/ann")
+
+    monkeypatch.setattr(client, "selector_loss", fails)
+    (reply,) = backend.run([Task("train", "ann", 0, {0: two_adapters(desk)[0]}, local=LOCAL)])
+    assert reply.error == "out of memory; lower batch_size and raise grad_accum"
+    assert "process 4711" in caplog.text
+
+
 def test_a_client_that_fails_half_way_leaves_nothing_to_the_next_one(desk, monkeypatch):
     """Its gradients must not be in the next client's first step."""
     from fedbiscuit.backends import client

@@ -136,7 +136,7 @@ def refused(tmp_path, change: Change, kind: str = "float32") -> str:
     """Why bad's reply was refused, in a round that ended as one in which nobody but bad was missing."""
     state, record = one_round(tmp_path, change, kind)
     assert record.refused.keys() == {"bad"}
-    assert record.quarantined == ("bad",)
+    assert record.quarantined == record.refused
     assert record.metrics["num_replies"] == 3
     moved = decoded(coded({A: torch.full((2, 3), 0.5)}, kind), kind)[A]
     assert torch.equal(state.adapters[0][A], START[A] + moved)
@@ -240,7 +240,7 @@ def test_fault_75_a_seat_that_is_no_adapter_or_no_number_leaves_the_client_where
         cfg = cfg_of().model_copy(update={"num_adapters": 2, "warmup_rounds": 0})
         _, record = fedbiscuit_round(init_state([START, START]), backend, cfg, seed=0)
         assert set(record.grouping) == {"ann", "bad", "bo", "cy"}
-        assert told is None or record.refused["bad"].startswith(told)
+        assert told is None or record.kept_seats["bad"].startswith(told)
 
 
 def test_fault_76_77_an_array_that_is_not_plain_bytes_is_never_opened(tmp_path):

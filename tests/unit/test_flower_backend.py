@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -397,6 +398,16 @@ def test_sites_that_take_no_part_are_named_as_their_keys_are_with_the_reason(tmp
     assert len(said) == 2, "what has been said is not said again"
 
 
+def test_a_site_fills_no_log_with_its_reasons_and_names(tmp_path):
+    long, strange = Answer(error="x" * 400_000), Answer([f"{k}-" + "y" * 900 for k in range(9)])
+    grid = DictGrid({1: lambda data: answering(data, long), 2: lambda data: answering(data, strange)})
+    there = backend(grid, registered={1: ("site-a", []), 2: ("site-b", [])})
+    assert there.clients() == []
+    assert there.away["site-a"] == "x" * 300
+    (named,) = [who for who in there.away if who.endswith(" of site-b")]
+    assert len(named) < 400
+
+
 @pytest.mark.parametrize("code", [3, 4])
 def test_an_order_that_flower_lets_expire_is_an_answer_that_did_not_come_in_time(tmp_path, code):
     from types import SimpleNamespace
@@ -443,3 +454,21 @@ def test_while_superlink_is_away_flower_tries_for_the_time_that_is_left_and_then
     grid.pull_messages = lambda ids: SimpleNamespace().nothing
     with pytest.raises(AttributeError):
         there.run([training("ann", ADAPTERS)])
+
+
+@pytest.mark.parametrize(("age", "left"), [(0.0, 600.0), (450.0, 150.0), (-200.0, 600.0), (700.0, 0.0)])
+def test_fault_80_a_site_waits_for_its_worker_no_longer_than_somebody_waits_at_the_server(monkeypatch, age, left):
+    import time
+
+    from fedbiscuit import flower_app
+    from fedbiscuit.backends import sockets
+    from fedbiscuit.backends.flower_messages import record_of
+
+    asked = []
+    monkeypatch.setattr(sockets, "ask_at", lambda path, data, timeout: asked.append(timeout) or b"")
+    monkeypatch.setattr(time, "time", lambda: 1000.0 + age)
+    monkeypatch.setattr(flower_app, "Message", lambda content, reply_to: content)
+    metadata = SimpleNamespace(ttl=600.0, created_at=1000.0)
+    message = SimpleNamespace(metadata=metadata, content=record_of(b"x"), has_error=lambda: False)
+    flower_app._answer(message, SimpleNamespace(node_config={"worker": "/w"}))
+    assert asked == [left]

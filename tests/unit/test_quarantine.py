@@ -15,8 +15,9 @@ REASON = "layers.0.k.lora_A: 1 non-finite values, first at 3"
 
 
 def record(*clients: str) -> RoundRecord:
-    refused = dict.fromkeys(clients, REASON) | {"away": "no reply"}
-    return RoundRecord(12, "federated", (), {}, {}, False, {}, refused, 0.0, 0, 0, clients)
+    return RoundRecord(
+        12, "federated", (), {}, {}, False, {}, {"away": "no reply"}, 0.0, 0, 0, dict.fromkeys(clients, REASON)
+    )
 
 
 @pytest.mark.parametrize("client", ["ann", "../../x", "/etc/passwd", "x" * 300, "\ud800", "CON", "😀\0"])

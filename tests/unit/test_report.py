@@ -124,6 +124,7 @@ def fake_rounds(
             **({"grouping": grouping} if regrouped else {}),
             "metrics": {"num_replies": 6, "delta_norm": {"0": 0.3}, "clipped": 0},
             "refused": {names[2]: f"its update is not finite{text}"} if number in (7, 11) else {},
+            **({"kept_seats": {names[3]: f"it does not evaluate{text}"}} if regrouped else {}),
             **({"away": {f"site-c{text}": f"it is not connected{text}"}} if number in (2, 3, 4) else {}),
             "bytes_up": bytes_each * 6,
             "bytes_down": bytes_each * (6 + (num_adapters * len(names) if regrouped else 0)),
@@ -252,7 +253,7 @@ def test_a_finished_run_shows_all_its_tables_figures_examples_and_settings(whole
     page = Page(whole[1])
     figures = [attrs["id"] for attrs in page.named("figure")]
     assert figures == ["accuracy", "clients", "groups", "flips", "calibration", "wins", "alignment", "bytes"]
-    assert len(page.named("table")) == 7
+    assert len(page.named("table")) == 8
     for text in (
         "site-c 3 it is not connected",
         "FedBiscuit: 2 group selectors",
@@ -441,6 +442,7 @@ def test_no_text_of_a_user_or_a_model_can_become_markup(tmp_path: Path) -> None:
     assert not any(key.startswith("on") or "javascript:" in value for _, a in after.tags for key, value in a.items())
     assert after.text.count(f"in time?{ATTACK}") == 1
     assert f"2{ATTACK}" in after.text  # the refused client
+    assert before.text.count("it does not evaluate") == 1, "a client that keeps its seat has a table of its own"
 
 
 def test_a_name_that_looks_like_one_of_our_colours_or_ids_stays_as_it_is(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from fedbiscuit.deployment import running
 from fedbiscuit.deployment.server import Deploy, init
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.rundir.folder import LOCK
+from fedbiscuit.rundir.lock import FolderLock
 from fedbiscuit.types import ConfigError, EnvironmentFault, FederationError, IntegrityError
 
 
@@ -26,7 +28,8 @@ class Link:
 
     def ask(self, deploy: Deploy, *words: str) -> dict[str, object]:
         self.asked.append(words)
-        return {"success": True, "run-id": 7, "runs": [{"status": self.status}]}
+        row = {"run-id": "7", "fab-name": "fedbiscuit-run", "status": self.status, "pending-at": "2026-01-02 03:04:05Z"}
+        return {"success": True, "run-id": 7, "runs": [row]}
 
 
 @pytest.fixture
@@ -182,7 +185,78 @@ def test_nothing_of_the_run_before_is_left_when_another_is_submitted(world, link
     monkeypatch.setattr(running, "ask", fails)
     with pytest.raises(FederationError, match="no room"):
         train(world)
-    assert sorted(path.name for path in world.jobs.iterdir()) == ["one.json", "one.yaml"]
+    assert sorted(path.name for path in world.jobs.iterdir()) == ["one.json", "one.yaml", LOCK]
+
+
+def test_while_flower_is_told_of_a_run_nobody_else_begins_one(world, link, monkeypatch):
+    begun: list[tuple[str, ...]] = []
+    (world.jobs / "one.number").unlink()
+    (world.jobs / "one.json").unlink()
+
+    def goes(deploy: Deploy, *words: str) -> dict[str, object]:
+        if words[0] == "run":
+            begun.append(words)
+            assert len(begun) == 1, "a second one is begun"
+            assert not (world.jobs / "one.number").exists()
+            for name in ("one", "other"):
+                second = world.cfg.model_copy(update={"name": name})
+                with pytest.raises(EnvironmentFault, match=re.escape(str(world.jobs))):
+                    train(SimpleNamespace(**{**vars(world), "cfg": second}), resume=False)
+            says_that_it_has_ended(world)
+        return link.ask(deploy, *words)
+
+    monkeypatch.setattr(running, "ask", goes)
+    assert train(world) == []
+    assert [words[0] for words in link.asked] == ["run"]
+
+
+def test_fault_83_a_run_whose_command_was_killed_while_it_began_is_found_and_followed(world, link, caplog, monkeypatch):
+    monkeypatch.setattr(running, "_submit", lambda *rest: pytest.fail("it was begun again"))
+    (world.jobs / "one.number").unlink()
+    (world.jobs / "one.json").touch()
+    with pytest.raises(EnvironmentFault, match="run one is under way; follow it with --resume"):
+        train(world, resume=False)
+    (world.jobs / "one.number").unlink()
+    other = world.cfg.model_copy(update={"name": "other"})
+    with pytest.raises(EnvironmentFault, match="run one is under way on this server"):
+        train(SimpleNamespace(**{**vars(world), "cfg": other}))
+    (world.jobs / "one.number").unlink()
+    link.status = "pending"
+    with pytest.raises(FederationError, match="has not begun with this run"):
+        train(world)
+    assert "run one is under way; it is followed" in caplog.text
+    assert link.asked[-1] == ("stop", "7")
+
+
+def test_what_was_left_by_a_command_that_never_reached_flower_is_in_nobodys_way(world, link, monkeypatch):
+    original = running._submit
+    monkeypatch.setattr(running, "_submit", lambda *rest: (original(*rest), says_that_it_has_ended(world))[0])
+    was_begun(world, "other")
+    (world.jobs / "other.yaml").touch()
+    (world.jobs / "other.number").unlink()
+    says_that_it_has_ended(world, run="5")
+    link.status = "finished:completed"
+    assert train(world) == []
+    assert [words[0] for words in link.asked] == ["list", "run"]
+    assert not (world.jobs / "other.json").exists()
+    assert train(world) == []
+    assert [words[0] for words in link.asked] == ["list", "run", "run"], "it is looked for once"
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_fault_84_ctrl_c_while_a_run_is_begun_stops_what_has_begun(world, link, monkeypatch, has_begun):
+    def goes(deploy: Deploy, *words: str) -> dict[str, object]:
+        answer = link.ask(deploy, *words)
+        if words[0] == "run":
+            raise KeyboardInterrupt
+        return answer if has_begun else answer | {"runs": []}
+
+    says_that_it_has_ended(world, run="5")
+    monkeypatch.setattr(running, "ask", goes)
+    with pytest.raises(KeyboardInterrupt):
+        train(world)
+    assert [words[0] for words in link.asked] == ["run", "list", *(["stop"] if has_begun else [])]
+    FolderLock.take(world.jobs / LOCK).release()
 
 
 def test_a_log_that_flower_does_not_tell_in_time_is_named(world, monkeypatch):
@@ -243,4 +317,7 @@ def test_who_is_missing_is_said_reason_by_reason():
         "site-b took no part: it is not connected",
         "nothing from ann: NaN",
         "nothing from person-0, person-1, person-2, person-3, person-4 and 2 more: no answer",
+    ]
+    assert list(running._missing({"refused": {}, "kept_seats": {"ann": "it was busy", "bo": "it was busy"}})) == [
+        "no new seat for ann, bo: it was busy"
     ]

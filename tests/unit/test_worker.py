@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import socket
 import stat
 import threading
@@ -263,11 +265,11 @@ def test_a_base_model_that_is_not_permitted_is_refused_with_no_names(tmp_path):
     ("error", "told"),
     [
         (FederationError("not this model"), "not this model"),
-        (IntegrityError("shape (1,)"), "shape (1,)"),
+        (IntegrityError("/srv/base: shape (1,)"), "this site cannot do it (IntegrityError); its own log says why"),
         (DataError("mine.jsonl:3: prompt: 'secret'"), "this site cannot do it (DataError); its own log says why"),
         (EnvironmentFault("/home/ann: full"), "this site cannot do it (EnvironmentFault); its own log says why"),
         (KeyError("secret"), "this site cannot do it (KeyError); its own log says why"),
-        (MemoryError("secret"), "out of memory"),
+        (MemoryError("secret"), "out of memory; lower batch_size and raise grad_accum"),
     ],
 )
 def test_what_goes_wrong_is_told_without_the_sites_own_texts(world, caplog, error, told):
@@ -276,9 +278,11 @@ def test_what_goes_wrong_is_told_without_the_sites_own_texts(world, caplog, erro
     assert told_outside(error) == told
     world.error = None
     world.backend.trouble = [error]
-    assert world.ask(SEAT) == nothing_done(error=told)
-    assert world.ask(SEAT).replies[0].ok
-    if "its own log" in told:
+    both = [SEAT, replace(SEAT, client="bo")]
+    first, second = world.ask(*both).replies
+    assert (first.client, first.ok, first.error, second.ok) == ("ann", False, told, True), "it costs one client"
+    assert all(reply.ok for reply in world.ask(*both).replies)
+    if told != str(error):
         assert str(error) in caplog.text
 
 
@@ -429,7 +433,11 @@ def test_a_message_that_announces_too_much_is_refused_before_it_is_read(world, t
     monkeypatch.setattr(sockets, "MAX_BYTES", 1000)
     with served(world, tmp_path / "w"), closing(connected(tmp_path / "w")) as one:
         one.sendall((1001).to_bytes(8, "little"))
-        assert unpack_answer(receive(one)) == nothing_done(error="message: 1001 bytes; at most 1000 are read")
+        answer = receive(one)
+    assert unpack_answer(answer) == nothing_done(error="message: 1001 bytes; at most 1000 are read")
+    (row,) = world.rows()
+    assert (row["run"], row["error"], row["bytes_in"]) == ("", "message: 1001 bytes; at most 1000 are read", 0)
+    assert row["bytes_out"] == len(answer), "nothing leaves without a line"
 
 
 def test_memory_grows_with_what_came_not_with_what_was_announced():
@@ -524,11 +532,25 @@ def test_told_to_stop_it_waits_for_a_task_no_longer_than_its_grace(world, tmp_pa
 
 
 def test_a_worker_that_is_not_there_or_does_not_answer_is_an_error_that_says_so(world, tmp_path):
-    with pytest.raises(EnvironmentFault, match=r"the worker is not there .* start it with `fedbiscuit client start`"):
+    """And no path of the site: the server is told it."""
+    gone = "this site's worker is not there (No such file or directory); its administrator starts it with `fedbiscuit client start`"
+    with pytest.raises(EnvironmentFault, match=f"^{re.escape(gone)}$"):
         ask_at(tmp_path / "w", HELLO, 1)
     world.backend.hold.clear()
-    with served(world, tmp_path / "w"), pytest.raises(EnvironmentFault, match=r"did not answer in 0.3 seconds"):
+    slow = r"^this site's worker did not answer in 0\.3 seconds$"
+    with served(world, tmp_path / "w"), pytest.raises(EnvironmentFault, match=slow):
         ask_at(tmp_path / "w", SEATED, 0.3)
+
+
+def test_fault_80_a_worker_that_answers_bit_by_bit_has_one_deadline_for_all(world, tmp_path, monkeypatch):
+    looks = itertools.count(0, 40)  # so many seconds go by from one look at the clock to the next
+    monkeypatch.setattr(sockets, "monotonic", lambda: float(next(looks)), raising=False)
+    with served(world, tmp_path / "w"):
+        with pytest.raises(EnvironmentFault, match=r"did not answer in 100 seconds"):
+            ask_at(tmp_path / "w", HELLO, 100)
+        assert unpack_answer(ask_at(tmp_path / "w", HELLO, 1e6)).clients == ["ann", "bo"]
+        with pytest.raises(EnvironmentFault, match=r"did not answer in 0 seconds"):
+            ask_at(tmp_path / "w", HELLO, 0)
 
 
 def test_a_worker_that_ends_while_it_answers_is_an_error_that_says_so(tmp_path):
@@ -544,7 +566,9 @@ def test_a_worker_that_ends_while_it_answers_is_an_error_that_says_so(tmp_path):
 
         thread = threading.Thread(target=drop)
         thread.start()
-        with pytest.raises(EnvironmentFault, match="ended while it answered"):
+        with pytest.raises(
+            EnvironmentFault, match=r"^this site's worker ended while it answered; its own log says why$"
+        ):
             ask_at(tmp_path / "w", HELLO, 20)
         thread.join()
 

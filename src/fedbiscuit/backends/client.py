@@ -18,7 +18,7 @@ from fedbiscuit.models.losses import margin_nats
 from fedbiscuit.models.policy import Pair, encode_pair, pair_dpo_loss, pair_sft_loss, reference_log_probs
 from fedbiscuit.models.selector import Selector, letter_margins, selector_loss
 from fedbiscuit.models.training import make_optimizer, stream, train
-from fedbiscuit.types import ClientData, Comparison, FederationError, LocalTraining, Reply, Task
+from fedbiscuit.types import ClientData, Comparison, FederationError, IntegrityError, LocalTraining, Reply, Task
 
 __all__ = ["Desk", "Memory", "answer", "policy_pair"]
 
@@ -56,6 +56,13 @@ class Memory:
 
 def answer(task: Task, data: ClientData, desk: Desk, memory: Memory) -> Reply:
     """Do one task. Raises what goes wrong; the backend turns that into ``Reply(ok=False)``."""
+    try:
+        return _answer(task, data, desk, memory)
+    except IntegrityError as error:  # no file is read here: what came from the server does not fit
+        raise FederationError(str(error)) from error
+
+
+def _answer(task: Task, data: ClientData, desk: Desk, memory: Memory) -> Reply:
     if task.kind == "train":
         return _train(task, data, desk)
     if task.kind == "evaluate":
@@ -138,7 +145,7 @@ def _losses(task: Task, data: ClientData, desk: Desk) -> list[float]:
         scored = stream(scored, 0, wanted, order)
     scored += stream(data.train, task.consumed, min(max(0, wanted - len(scored)), len(data.train)), order)
     if not scored:
-        raise FederationError("no validation comparisons to score adapters on; it keeps its seat")
+        raise FederationError("no validation comparisons to score adapters on")
     encoded, _ = desk.selector.encode(scored)
     adapters = [decoded(task.adapters[u], desk.comm_dtype) for u in sorted(task.adapters)]
     margins = letter_margins(desk.selector, adapters, encoded, desk.batch_size, keep=True)

@@ -36,6 +36,8 @@ EXPIRED = (3, 4)
 """Flower's codes for an order and an answer whose time was up before anybody fetched them, or that SuperLink has lost."""
 CARRIERS = ("httpx", "grpc")
 """What Flower speaks through, by version; their errors mean that SuperLink is away."""
+REASON = 300
+"""Characters of what a site says of itself that are kept."""
 NAMED = 5
 """Names in a reason; more are counted."""
 
@@ -104,7 +106,7 @@ class FlowerBackend:
         away = {self._called(node): "it is not connected" for node in self._sites if node not in answers}
         for node, answer in sorted(answers.items()):
             if answer.error:
-                away[self._called(node)] = answer.error
+                away[self._called(node)] = answer.error[:REASON]
             permitted = set(answer.clients if self._registered is None else self._sites.get(node, ("", ()))[1])
             for client in set(answer.clients) & permitted:
                 owners.setdefault(client, []).append(node)
@@ -284,4 +286,4 @@ class FlowerBackend:
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
+    return f"{', '.join(names[:NAMED])[:REASON]}{more}"

@@ -41,8 +41,7 @@ class InProcessBackend:
             except RuntimeError as error:
                 if "out of memory" not in str(error).lower():
                     raise
-                reply = Reply(
-                    task.client, ok=False, error=f"out of memory: lower batch_size and raise grad_accum ({error})"
-                )
+                lack = MemoryError(f"out of memory: lower batch_size and raise grad_accum ({error})")
+                reply = Reply(task.client, ok=False, error=self._told(lack))
             replies.append(reply)
         return replies

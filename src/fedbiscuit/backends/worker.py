@@ -29,7 +29,6 @@ from fedbiscuit.types import (
     EnvironmentFault,
     FedbiscuitError,
     FederationError,
-    IntegrityError,
     Reply,
     Task,
     Weights,
@@ -86,11 +85,11 @@ class TakingPart:
 
 def told_outside(error: BaseException) -> str:
     """What the server is told of an error. What may quote the site's data or paths stays in the site's own log."""
-    if isinstance(error, FederationError | IntegrityError):
+    if isinstance(error, FederationError):
         return str(error)
-    if isinstance(error, MemoryError):
-        return "out of memory"
     log.error("%s: %s", type(error).__name__, error)
+    if isinstance(error, MemoryError):
+        return "out of memory; lower batch_size and raise grad_accum"
     return f"this site cannot do it ({type(error).__name__}); its own log says why"
 
 
@@ -118,14 +117,22 @@ class Worker:
         try:
             order = unpack_order(data)
             answer = self._answer(order, is_awaited)
-        except (FederationError, IntegrityError) as error:
+        except FederationError as error:
             answer = Answer(error=str(error))
         except Exception as error:  # whatever it is, the server is told that there is no answer, and the site why
             log.debug("an order failed", exc_info=True)
             answer = Answer(error=told_outside(error))
-        packed = pack_answer(replace(answer, order=digest_of(data)))
+        return self._noted(order, replace(answer, order=digest_of(data)), len(data))
+
+    def refuse(self, why: str) -> bytes:
+        """The answer to a message that was not read."""
+        return self._noted(Order("", ""), Answer(error=why), 0)
+
+    def _noted(self, order: Order, answer: Answer, num_in: int) -> bytes:
+        """The answer as bytes, once it stands in the ledger."""
+        packed = pack_answer(answer)
         try:
-            self._note(order, answer, len(data), len(packed))
+            self._note(order, answer, num_in, len(packed))
         except OSError as error:
             log.error("%s: %s; nothing is sent without it", self.ledger, error.strerror or error)
             return pack_answer(Answer(error="this site cannot write its ledger, and sends nothing without"))
@@ -214,7 +221,12 @@ class Worker:
             if task.kind == "evaluate":  # what it will have scored takes the place of what seats were chosen by before
                 self._done = {k: one for k, one in self._done.items() if k[1] != task.client or k[2] == "train"}
             adapters = {u: self._adapters[digest] for u, digest in wanted.items()}
-            reply = part.backend.run([full := replace(task, adapters=adapters)])[0]
+            full = replace(task, adapters=adapters)
+            try:
+                reply = part.backend.run([full])[0]
+            except Exception as error:  # costs this client, not the others of this site
+                log.debug("a task failed", exc_info=True)
+                reply = Reply(task.client, ok=False, error=told_outside(error))
             if task.kind == "train" and reply.ok and part.look is not None:
                 self._to_look_at.append((part, full))
         if reply.ok:
@@ -325,7 +337,7 @@ def _serve_one(connection: socket.socket, worker: Worker, at_once: threading.Sem
             try:
                 data = receive(connection)
             except FederationError as error:
-                send(connection, pack_answer(Answer(error=str(error))))
+                send(connection, worker.refuse(str(error)))
                 return
             if data is not None:
                 send(connection, worker.answer(data, lambda: _listens(connection)))

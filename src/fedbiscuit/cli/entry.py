@@ -131,6 +131,17 @@ def _signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _CleanLines(logging.Formatter):
+    """A warning may quote what a client of another machine has said: it steers no terminal, and its further lines are indented,
+    so that none of them passes for one of ours.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        from fedbiscuit.terminal import clean
+
+        return clean(super().format(record)).replace("\n", "\n  ")
+
+
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Warnings as one plain line each, and no bars or reports to the outside from the libraries below."""
@@ -141,7 +152,9 @@ def _quiet_libraries() -> Iterator[None]:
         ("TRANSFORMERS_VERBOSITY", "error"),
     ):
         os.environ.setdefault(name, value)
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(_CleanLines("warning: %(message)s"))
+    logging.basicConfig(handlers=[to_stderr], level=logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)

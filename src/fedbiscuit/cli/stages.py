@@ -119,6 +119,11 @@ def train(
     cfg, is_folder = settings_of(config, overrides)
     from fedbiscuit.terminal import ProgressLines
 
+    if clients.backend == "flower" and gpus > 1:
+        raise ConfigError(
+            f"--gpus {gpus}: with --backend flower the clients train on their own machines; leave it out (each site.yaml names a "
+            "device)"
+        )
     with ProgressLines() as progress:
         if _trained_remotely(cfg, clients, resume or is_folder, progress):
             run_dir = run_dir_of(cfg)

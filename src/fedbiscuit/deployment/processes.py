@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Child"]
+__all__ = ["Child", "end_with_parent"]
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 STEADY = 60.0
@@ -57,7 +57,7 @@ class Child:
             self.read = os.fstat(descriptor).st_size
             self.process = subprocess.Popen(
                 [str(word) for word in self.words], env=self.environment, start_new_session=True, stdin=subprocess.DEVNULL,
-                stdout=descriptor, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent,
+                stdout=descriptor, stderr=subprocess.STDOUT, preexec_fn=end_with_parent,
             )  # fmt: skip
         finally:
             os.close(descriptor)
@@ -117,7 +117,7 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: SIGTERM when the process that started it ends, however it does. Only Linux can."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

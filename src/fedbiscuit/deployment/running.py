@@ -20,7 +20,7 @@ from fedbiscuit.deployment.registration import sites_of
 from fedbiscuit.deployment.server import Deploy, ask, connection_of, is_healthy, load
 from fedbiscuit.rundir import atomic_write, run_path
 from fedbiscuit.rundir.folder import LOCK
-from fedbiscuit.rundir.lock import is_held
+from fedbiscuit.rundir.lock import FolderLock, is_held
 from fedbiscuit.types import ConfigError, EnvironmentFault, FedbiscuitError, FederationError, IntegrityError
 
 __all__ = ["train_by_flower"]
@@ -47,8 +47,9 @@ CLASSES: dict[int, type[FedbiscuitError]] = {
 
 log = logging.getLogger("fedbiscuit")
 
-PROJECT = """[project]
-name = "fedbiscuit-run"
+APP_NAME = "fedbiscuit-run"
+PROJECT = f"""[project]
+name = "{APP_NAME}"
 version = "1.0.0"
 license = "Apache-2.0"
 dependencies = []
@@ -105,15 +106,42 @@ def train_by_flower(cfg: Config, deploy: Path, resume: bool, timeout: float, pro
     folder = server.folder / "jobs"
     folder.mkdir(exist_ok=True)
     job = _Job.of(folder, cfg.name)
-    number = _under_way(server, job, cfg, resume)
-    if number:
-        log.warning("run %s is under way; it is followed, with the --timeout that it was started with", cfg.name)
-    else:
-        _is_alone(server, folder, job)
-        number = _submit(server, job, cfg, resume, timeout)
-    with _stopped_with_us(server, number):
+    lock = FolderLock.take(folder / LOCK, "give the command again when that one has begun its run")
+    try:
+        _find_lost(server, folder)
+        number = _under_way(server, job, cfg, resume)
+        if number:
+            log.warning("run %s is under way; it is followed, with the --timeout that it was started with", cfg.name)
+        else:
+            _is_alone(server, folder, job)
+            with _stopped_with_us(server, job):
+                number = _submit(server, job, cfg, resume, timeout)
+    finally:
+        lock.release()
+    with _stopped_with_us(server, job):
         _follow(server, job, number, cfg, timeout, progress)
     return run_path(cfg.runs_dir, cfg.name)
+
+
+def _find_lost(server: Deploy, folder: Path) -> None:
+    """Note Flower's number of a run whose command ended before it could: it is under way, and no job has its number.
+
+    Only one can be lost: nobody begins another before he has looked. The lock of ``folder`` must be held.
+    """
+    jobs = [_Job.of(folder, path.name.removesuffix(".yaml")) for path in folder.glob("*.yaml")]
+    unnumbered = [job for job in jobs if job.asked.exists() and not job.number.exists()]
+    if not unnumbered:
+        return
+    known = {job.number.read_text(encoding="utf-8").strip() for job in jobs if job.number.exists()}
+    runs = [run for run in _flwr(server, "list")["runs"] if run["fab-name"] == APP_NAME and run["run-id"] not in known]
+    lost = [run for run in runs if run["status"].startswith(UNDER_WAY)]
+    *others, last = sorted(unnumbered, key=lambda job: job.asked.stat().st_mtime)
+    if lost:
+        begun = last.asked.stat().st_mtime
+        atomic_write(last.number, max(lost, key=lambda run: run["pending-at"])["run-id"])
+        os.utime(last.number, (begun, begun))
+    for job in others if lost else unnumbered:
+        job.asked.unlink()
 
 
 def _under_way(server: Deploy, job: _Job, cfg: Config, resume: bool) -> str:
@@ -197,14 +225,17 @@ def _submit(server: Deploy, job: _Job, cfg: Config, resume: bool, timeout: float
 
 
 @contextmanager
-def _stopped_with_us(server: Deploy, number: str) -> Iterator[None]:
-    """Flower's run is stopped where whoever waits for it leaves, by Ctrl-C too."""
+def _stopped_with_us(server: Deploy, job: _Job) -> Iterator[None]:
+    """Flower's run is stopped where whoever begins it or waits for it leaves, by Ctrl-C too."""
     try:
         yield
     except BaseException:
         if is_healthy(server):
             with suppress(FederationError, subprocess.SubprocessError, OSError):
-                _flwr(server, "stop", number)
+                if not job.number.exists():  # so the lock is held: it is being begun
+                    _find_lost(server, job.number.parent)
+                if number := job.now():
+                    _flwr(server, "stop", number)
         raise
 
 
@@ -289,12 +320,20 @@ def _missing(row: Mapping[str, Any]) -> Iterator[str]:
     """Who took no part in a round, reason by reason."""
     for site, why in sorted(row.get("away", {}).items()):
         yield f"{site} took no part: {why}"
+    for who, why in _by_reason(row["refused"]):
+        yield f"nothing from {who}: {why}"
+    for who, why in _by_reason(row.get("kept_seats", {})):
+        yield f"no new seat for {who}: {why}"
+
+
+def _by_reason(reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The clients of each reason, the first few by name, and the reason."""
     clients: dict[str, list[str]] = {}
-    for client, why in sorted(row["refused"].items()):
+    for client, why in sorted(reasons.items()):
         clients.setdefault(why, []).append(client)
     for why, found in sorted(clients.items()):
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-        yield f"nothing from {', '.join(found[:NAMED])}{more}: {why}"
+        yield f"{', '.join(found[:NAMED])}{more}", why
 
 
 def _log_of(deploy: Deploy, number: str) -> str:

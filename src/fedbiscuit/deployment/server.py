@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedbiscuit.deployment.certificates import write_certificates
+from fedbiscuit.deployment.processes import end_with_parent
 from fedbiscuit.deployment.programs import flower_env, program
 from fedbiscuit.rundir import atomic_write, dump_json, load_json, new_folder
 from fedbiscuit.types import ConfigError, EnvironmentFault
@@ -262,8 +263,9 @@ def ask(deploy: Deploy, *words: str) -> dict[str, Any]:
     command = [program("flwr"), *words, name, "--format", "json"]
     try:
         done = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL
-        )
+            command, env=env, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
         said = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return {"success": False, "error-message": f"no answer within {SECONDS} s"}

@@ -76,14 +76,15 @@ rounds: 0
 # A client with fewer comparisons to train on is not named to the server.
 comparisons: 1
 
-# So many comparisons one training may read (steps x batch_size x grad_accum of the server's settings); 0: any number.
+# So many comparisons one training may read (steps x batch_size x grad_accum of the server's settings); 0: any number. A training
+# that has begun is finished even where nobody waits for it any more, so this bounds how far the site can lag behind.
 task_comparisons: 0
 
 # How each selector that comes to be trained agrees with so many held-out comparisons of its client (split test, then val) is seen
 # once the answer has left. The result is in learned.jsonl here, and is not sent; 0: none.
 held_out: 20
 
-# Where the model runs: auto, cpu, mps, cuda or cuda:NUMBER; CPU threads, 0: as torch decides.
+# Where the model runs, one site's folder a device: auto, cpu, mps, cuda or cuda:NUMBER; CPU threads, 0: as torch decides.
 device: auto
 threads: 0
 

@@ -76,10 +76,11 @@ def fedbiscuit_round(
         regrouped=regrouped,
         metrics=metrics,
         refused=exchange.refused,
+        kept_seats=exchange.kept_seats,
         seconds=time.perf_counter() - started,
         bytes_up=exchange.bytes_up,
         bytes_down=exchange.bytes_down,
-        quarantined=tuple(sorted(exchange.quarantined)),
+        quarantined=exchange.quarantined,
         away=exchange.away,
     )
 
@@ -156,15 +157,17 @@ def _train_a_cohort(
     for attempt in range(cfg.max_attempts):
         cohort = _cohort(exchange, state.round, grouping, cfg, rng_for(seed, state.round, attempt, "cohort"))
         if cfg.min_replies > len(cohort):
-            raise FederationError(f"min_replies is {cfg.min_replies}, but a cohort has only {len(cohort)} clients")
+            raise FederationError(
+                f"min_replies is {cfg.min_replies}, but a cohort has only {len(cohort)} clients{exchange.missing()}; mend these "
+                "clients, or lower min_replies, and resume"
+            )
         adapter_of = assign(cohort, state.round, grouping, cfg)
         pools = _train(exchange, state, adapter_of, cfg)
         if sum(map(len, pools.values())) >= cfg.min_replies:
             return adapter_of, pools
-    reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(exchange.refused.items()))
     raise FederationError(
         f"round {state.round}: fewer than {cfg.min_replies} good replies from each of {cfg.max_attempts} cohorts,"
-        f" so nothing was changed ({reasons}); mend these clients, or lower min_replies, and resume"
+        f" so nothing was changed{exchange.missing()}; mend these clients, or lower min_replies, and resume"
     )
 
 

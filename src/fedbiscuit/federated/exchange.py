@@ -42,18 +42,31 @@ class Exchange:
     """All the talk with clients in one round, over one backend.
 
     ``clients`` are those that can be asked, sorted; ``away`` says which sites cannot and why. ``refused`` maps a client to why
-    its last unusable reply was refused, ``quarantined`` are those of them who sent something. ``bytes_down`` (server to clients)
-    and ``bytes_up``: what really travelled where the backend knows it, else the data of all tensors as they would travel.
+    there is no training of it, ``kept_seats`` to why it chose no other seat: the last unusable reply, until a good one comes.
+    ``quarantined`` says what was wrong with the last reply that was sent and not let in. ``bytes_down`` (server to clients) and
+    ``bytes_up``: what really travelled where the backend knows it, else the data of all tensors as they would travel.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._meter = backend if isinstance(backend, Metered) else _Meter()
         self._before = self._meter.bytes_down, self._meter.bytes_up
-        self.clients = _named_once(backend.clients())
+        clients = backend.clients()  # which finds out who is away
         self.away = dict(backend.away)
         self.refused: dict[ClientId, str] = {}
-        self.quarantined: set[ClientId] = set()
+        self.kept_seats: dict[ClientId, str] = {}
+        self.quarantined: dict[ClientId, str] = {}
+        if not clients:
+            raise FederationError(
+                f"no client can be asked{self.missing()}; check that clients have data and are connected"
+            )
+        self.clients = _named_once(clients)
+
+    def missing(self) -> str:
+        """Who is missing and why, clients and sites, in brackets; nothing where nobody is."""
+        found = {**self.refused, **self.away}
+        reasons = "; ".join(f"{who}: {why}" for who, why in sorted(found.items()))
+        return f" ({reasons})" if found else ""
 
     @property
     def bytes_down(self) -> int:
@@ -81,17 +94,18 @@ class Exchange:
         if isinstance(self._meter, _Meter):
             self._meter.count(tasks, answers)
         task_of = {task.client: task for task in tasks}
+        missing = self.refused if any(task.kind == "train" for task in tasks) else self.kept_seats
         accepted = {}
         for client in sorted(task_of | answers):
             replies = answers.get(client, [])
             reason = _fault(task_of.get(client), replies, check)
             if reason is None:
                 accepted[client] = replies[0]
+                missing.pop(client, None)
             else:
-                self.refused[client] = reason
-                self.quarantined.discard(client)
+                missing[client] = reason
                 if any(reply.ok or reply.unreadable for reply in replies):
-                    self.quarantined.add(client)
+                    self.quarantined[client] = reason
         return accepted
 
 
@@ -121,8 +135,6 @@ def _fault(task: Task | None, replies: Sequence[Reply], check: Check) -> str | N
 
 def _named_once(clients: Iterable[ClientId]) -> tuple[ClientId, ...]:
     counts = Counter(clients)
-    if not counts:
-        raise FederationError("no client can be asked; check that clients have data and are connected")
     name, times = counts.most_common(1)[0]
     if times > 1:
         raise FederationError(f"{times} clients are called {name!r}; give each client a name of its own")

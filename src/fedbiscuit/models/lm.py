@@ -315,13 +315,14 @@ class LM:
         if weights.keys() != self._slots.keys():
             odd = sorted(weights.keys() ^ self._slots.keys())
             raise IntegrityError(
-                f"the adapter is not one of {self.name} with these LoRA settings: {len(odd)} tensors differ, first {odd[0]}"
+                f"the adapter is not one of {self.public_name} with these LoRA settings: {len(odd)} tensors differ, first "
+                f"{odd[0]}"
             )
         with torch.no_grad():
             for name, parameter in self._slots.items():
                 if weights[name].shape != parameter.shape:
                     raise IntegrityError(
-                        f"{name}: shape {tuple(weights[name].shape)}, but {self.name} needs {tuple(parameter.shape)}"
+                        f"{name}: shape {tuple(weights[name].shape)}, but {self.public_name} needs {tuple(parameter.shape)}"
                     )
                 parameter.copy_(weights[name])
 

@@ -146,6 +146,7 @@ def _row(record: RoundRecord) -> dict[str, Any]:
         "metrics": dict(record.metrics)
         | {"delta_norm": {f"u{u}": norm for u, norm in record.metrics["delta_norm"].items()}},
         "refused": dict(record.refused),
+        **({"kept_seats": dict(record.kept_seats)} if record.kept_seats else {}),
         **({"away": dict(record.away)} if record.away else {}),
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
@@ -158,9 +159,9 @@ def _quarantine(session: Session, record: RoundRecord, name: str) -> None:
     CLIENT is a digest: a name that somebody else chose is no file name.
     """
     folder = "quarantine" if name == "selectors" else f"quarantine/{name}"
-    for client in record.quarantined:
+    for client, reason in record.quarantined.items():
         digest = hashlib.sha256(client.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        row = {"round": record.round, "client": client, "reason": record.refused[client]}
+        row = {"round": record.round, "client": client, "reason": reason}
         session.run.write_json(f"{folder}/{record.round:06d}/{digest}.json", row)
 
 

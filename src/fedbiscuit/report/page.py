@@ -186,7 +186,7 @@ def _long(text: object) -> str:
 
 
 def _left_out(run: RunView) -> str:
-    if not run.left_out and not run.refused and not run.away:
+    if not (run.left_out or run.refused or run.kept_seats or run.away):
         done = bool(run.evaluation) and bool(run.rounds)
         return (
             "<section>\n<h2>Left out and refused</h2>\n<p>Nothing was left out, and no client’s reply was refused.</p>\n"
@@ -198,21 +198,20 @@ def _left_out(run: RunView) -> str:
     if run.left_out:
         amounts = [(Cell(reason), Cell(f"{cases:,}")) for reason, cases in run.left_out.items()]
         parts.append(table("What was left out", ("<left out", "how many"), amounts))
-    if run.refused:
-        rows = [
-            (Cell(client, kind="code"), Cell(f"{times:,}"), Cell(shortened(reason, 300), kind="left code"))
-            for client, (times, reason) in list(run.refused.items())[:MAX_CLIENTS]
-        ]
-        parts.append(table("Refused replies", ("<client", "replies refused", "<last reason"), rows))
-        if len(run.refused) > MAX_CLIENTS:
-            parts.append(f'<p class="note">and {len(run.refused) - MAX_CLIENTS} more clients; see metrics.jsonl</p>\n')
-    if run.away:
-        sites = [
-            (Cell(site, kind="code"), Cell(f"{times:,}"), Cell(shortened(reason, 300), kind="left code"))
-            for site, (times, reason) in list(run.away.items())[:MAX_CLIENTS]
-        ]
-        parts.append(table("Sites that took no part", ("<site", "rounds", "<last reason"), sites))
+    parts += _by_name("Refused replies", ("<client", "replies refused", "<last reason"), run.refused)
+    parts += _by_name("Clients that chose no new seat", ("<client", "regroupings", "<last reason"), run.kept_seats)
+    parts += _by_name("Sites that took no part", ("<site", "rounds", "<last reason"), run.away)
     return f"<section>\n<h2>Left out and refused</h2>\n{''.join(parts)}</section>"
+
+
+def _by_name(title: str, header: tuple[str, str, str], found: Mapping[str, tuple[int, str]]) -> list[str]:
+    """A table of who, how often and why; none where there is nobody."""
+    rows = [
+        (Cell(name, kind="code"), Cell(f"{times:,}"), Cell(shortened(reason, 300), kind="left code"))
+        for name, (times, reason) in list(found.items())[:MAX_CLIENTS]
+    ]
+    more = f'<p class="note">and {len(found) - MAX_CLIENTS} more; see metrics.jsonl</p>\n'
+    return [table(title, header, rows), *([more] if len(found) > MAX_CLIENTS else [])] if found else []
 
 
 UNITS = {

@@ -89,8 +89,13 @@ class RunView:
 
     @cached_property
     def refused(self) -> dict[ClientId, tuple[int, str]]:
-        """Client to how often its reply was refused, and the reason of the last time."""
+        """Client to the number of rounds in which it should have trained and has not, and the reason of the last time."""
         return _last_reasons(row.get("refused", {}) for row in self.rounds)
+
+    @cached_property
+    def kept_seats(self) -> dict[ClientId, tuple[int, str]]:
+        """Client to the number of regroupings in which it chose no seat, and the reason of the last time."""
+        return _last_reasons(row.get("kept_seats", {}) for row in self.rounds)
 
     @cached_property
     def away(self) -> dict[str, tuple[int, str]]:
