@@ -18,8 +18,9 @@ from fedbiscuit.backends.worker import Rules, Worker
 from fedbiscuit.config import dump_config
 from fedbiscuit.models.lm import load_lm
 from fedbiscuit.pipeline.remote import train_remotely
-from fedbiscuit.pipeline.site import Site, terms_of
+from fedbiscuit.pipeline.site import Site, asked_as, terms_of
 from fedbiscuit.rundir.ledger import read_learned
+from fedbiscuit.station.looking import what_the_site_saw
 from fedbiscuit.types import ConfigError, DataError, FederationError
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +54,7 @@ def over(grid, timeout=60.0):
     """How a session reaches the sites of a grid."""
     from fedbiscuit.backends.flower import FlowerBackend
 
-    return lambda session: FlowerBackend(grid, session.cfg.name, terms_of(session.cfg, session.lm.digest), timeout)
+    return lambda *how: FlowerBackend(grid, *asked_as(*how), timeout)
 
 
 def test_a_federation_over_three_sites_has_the_bits_of_the_one_in_process_and_no_text_leaves(
@@ -287,6 +288,33 @@ def test_a_site_sees_for_itself_how_each_selector_that_comes_agrees_with_its_peo
     later = [row for row in seen if row["round"] > 0]
     assert len({row["accuracy"] for row in later}) > 1
     assert all(row["accuracy"] == pytest.approx(known[row["round"]][row["client"]], abs=1e-6) for row in later)
+
+
+def test_the_one_selector_for_all_has_the_bits_of_the_one_in_process_and_is_nobodys_group_at_a_site(
+    tmp_path, tiny_model
+):
+    write_world(tmp_path / "world.jsonl", per_split=(8, 4, 4))
+    changes = ("evaluation.compare_global=true", "selectors.grouping_comparisons=6")
+    here = pipeline.train_selectors(settings(tmp_path, tiny_model, *changes, name="here"))
+    cfg = settings(tmp_path, tiny_model, *changes, name="there")
+    site = Site((str(tmp_path / "world.jsonl"),), "cpu", 1, held_out=20)
+    worker = Worker(site.open_run, Rules(), tmp_path / "ledger.jsonl")
+
+    def answer(data: bytes) -> bytes:
+        answered = worker.answer(data)
+        worker.look_back()
+        return answered
+
+    there = pipeline.train_selectors(cfg, connect=over(DictGrid({1: answer})))
+    for file in ("metrics.jsonl", "global_metrics.jsonl"):
+        rows = [[{**row, "bytes_up": 0, "bytes_down": 0} for row in lines(run / file)] for run in (here, there)]
+        assert rows[0] == rows[1]
+    seen = list(read_learned(tmp_path / "learned.jsonl"))
+    assert {(row["run"], row["num_adapters"]) for row in seen} == {("there", 2), ("there/global", 1)}
+    client = next(row["client"] for row in seen if row["run"] == "there" and row["round"] >= row["num_warmup_rounds"])
+    [*_, last] = [row for row in seen if (row["run"], row["client"]) == ("there", client)]
+    shown = what_the_site_saw(tmp_path, client)
+    assert (shown.run, shown.num_groups, shown.group, shown.final) == ("there", 2, last["adapter"], last["accuracy"])
 
 
 def test_what_a_site_sees_says_how_long_the_warm_up_is(tmp_path, tiny_model):

@@ -60,6 +60,18 @@ def test_before_the_first_round_and_of_a_stranger_there_is_one_sentence(run):
     assert "knows nobody called zoe" in sentence
 
 
+def test_the_warm_up_has_no_group_and_no_curve_in_a_run_either(run):
+    warm = [{**row(round, {"ann": 0.9}), "phase": "warmup"} for round in (0, 1)]
+    folder = run(*warm)
+    found = what_was_learned(folder, "ann")
+    assert (found.rounds, found.group) == ((), None)
+    assert "There are no groups yet" in found.missing[0]
+    later = {**row(2, {"ann": 0.6}, {"ann": 1}), "phase": "federated"}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(later) + "\n")
+    assert what_was_learned(folder, "ann").rounds == (RoundAccuracy(3, 0.6),)
+
+
 def test_with_one_selector_for_all_the_group_is_0(run):
     assert what_was_learned(run(row(0), adapters=1), "ann").group == 0
 

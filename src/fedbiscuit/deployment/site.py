@@ -26,7 +26,7 @@ from fedbiscuit.config import Section, load_settings
 from fedbiscuit.data.check import NO_CLIENT, CheckReport
 from fedbiscuit.data.comparisons import check_files
 from fedbiscuit.deployment.clock import clock_line, seconds_ahead
-from fedbiscuit.rundir.disk import disk_faults, human_bytes, sync_folder, write_all
+from fedbiscuit.rundir.disk import Steps, disk_faults, human_bytes, sync_folder, write_all
 from fedbiscuit.rundir.ledger import ALL_THAT_WAS_SENT, LEDGER, NOTHING_SENT, read_ledger, summaries
 from fedbiscuit.rundir.lock import is_held, process_lives
 from fedbiscuit.types import ConfigError, DataError, EnvironmentFault
@@ -36,6 +36,9 @@ __all__ += ["running_of", "settings_of", "status_lines"]
 
 INSTALL = "pip install 'fedbiscuit[flower]'"
 KEY, SETTINGS, RUNNING, LOCK = "key", "site.yaml", "running.json", "start.lock"
+STEPS = Steps(
+    "make room, then give the command again", "give yourself the right to write there, or give another folder"
+)
 
 Kind = Literal["train", "evaluate", "seat"]
 Digest = Annotated[str, Field(pattern=r"^(nf4:)?[0-9a-f]{64}$")]
@@ -101,7 +104,7 @@ def init_site(folder: Path) -> Path:
     private, public = _new_key(folder.resolve().name)
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: there is something in this folder already; nothing was written. Give a new one")
-    with disk_faults(folder):
+    with disk_faults(folder, steps=STEPS):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         _write_new(folder / KEY, private, 0o600)

@@ -7,7 +7,6 @@ and goes on where its last saved state was. ``session.py`` is what all stages sh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 
 from fedbiscuit.config import Config
@@ -19,10 +18,10 @@ from fedbiscuit.pipeline.judges import check_judges
 from fedbiscuit.pipeline.judging import check_judge, judge_run
 from fedbiscuit.pipeline.labels import check_labeling, write_and_label
 from fedbiscuit.pipeline.rounds import train_all
-from fedbiscuit.pipeline.session import Progress, Session, open_run, open_session, silent
+from fedbiscuit.pipeline.session import Connect, Progress, Session, open_run, open_session, silent
 from fedbiscuit.pipeline.sharing import export_run, push
 from fedbiscuit.pipeline.tasks import Asked, check_task, do_task
-from fedbiscuit.types import Backend, ConfigError
+from fedbiscuit.types import ConfigError
 
 __all__ = [
     "Progress",
@@ -65,7 +64,7 @@ def train_selectors(
     resume: bool = False,
     progress: Progress = silent,
     devices: int = 1,
-    connect: Callable[[Session], Backend] | None = None,
+    connect: Connect | None = None,
 ) -> Path:
     """Train the selectors federatedly; leaves ``selectors/u0..`` in the run folder.
 

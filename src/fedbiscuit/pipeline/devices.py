@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from fedbiscuit.backends.devices import Helper, SeveralDevices
 from fedbiscuit.backends.inprocess import InProcessBackend
+from fedbiscuit.config import FederatedSettings
 from fedbiscuit.models.lm import device_names
 from fedbiscuit.pipeline.session import Session
 from fedbiscuit.types import Backend, ClientData, ClientId
@@ -16,10 +17,15 @@ __all__ = ["backend_for", "helpers_for"]
 
 
 @contextlib.contextmanager
-def backend_for(session: Session, clients: Mapping[ClientId, ClientData]) -> Iterator[Backend]:
-    """Where clients are asked: on other machines, or here, over ``session.devices`` devices if there is more than one client."""
+def backend_for(
+    session: Session, clients: Mapping[ClientId, ClientData], settings: FederatedSettings, name: str
+) -> Iterator[Backend]:
+    """Where clients are asked to train the adapters ``name``.
+
+    On other machines, or here, over ``session.devices`` devices if there is more than one client.
+    """
     if session.connect is not None:
-        yield session.connect(session)
+        yield session.connect(session, settings, name)
         return
     here = InProcessBackend(session.desk, clients)
     with helpers_for(session, "clients", session.cfg.model.device, min(session.devices, len(clients))) as helpers:

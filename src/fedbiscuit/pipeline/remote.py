@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedbiscuit.config import load_config
+from fedbiscuit.config import FederatedSettings, load_config
 from fedbiscuit.pipeline import train_selectors
 from fedbiscuit.pipeline.session import Session
-from fedbiscuit.pipeline.site import terms_of
+from fedbiscuit.pipeline.site import asked_as
 from fedbiscuit.rundir import atomic_write, dump_json, load_json
 from fedbiscuit.types import FedbiscuitError
 
@@ -46,11 +46,11 @@ def train_remotely(grid: Grid, job: Path, number: int) -> None:
             log.warning("%s", text)
         atomic_write(Path(asked["waiting"]), text)
 
-    def connect(session: Session) -> FlowerBackend:
-        terms = terms_of(session.cfg, session.lm.digest)
+    def connect(session: Session, settings: FederatedSettings, name: str) -> FlowerBackend:
+        run, terms = asked_as(session, settings, name)
         known = registered if asked["registered"] else None
         least = session.cfg.selectors.min_replies
-        return FlowerBackend(grid, session.cfg.name, terms, asked["timeout"], known, log.warning, least, wait)
+        return FlowerBackend(grid, run, terms, asked["timeout"], known, log.warning, least, wait)
 
     error: BaseException | None = None
     try:

@@ -40,7 +40,7 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
     if session.connect is None and (not clients or _is_trained(session, settings, name, metrics)):
         _take_what_is_trained(session, settings, name, metrics)
         return
-    with backend_for(session, clients) as backend:
+    with backend_for(session, clients, settings, name) as backend:
         settings = resolved(settings, None if session.connect else sorted(backend.clients()), clients)
         found = run.load_state(name)
         state = init_state([session.lm.new_adapter(seed, "adapter", u) for u in range(settings.num_adapters)])

@@ -19,12 +19,16 @@ from fedbiscuit.rundir import RunDir, machine_differences, machine_manifest, run
 from fedbiscuit.tracking import Tracking, check_installed, open_tracking
 from fedbiscuit.types import Backend, ClientData, ClientId, Comparison, ConfigError, DataError, Weights
 
-__all__ = ["Progress", "Session", "open_run", "open_session", "resolved", "silent"]
+__all__ = ["Connect", "Progress", "Session", "open_run", "open_session", "resolved", "silent"]
 
 log = logging.getLogger("fedbiscuit")
 
 Progress = Callable[[str, int, int, str], None]
 """(stage, step, total, note): step ``step`` of ``total`` of a stage is done; steps count from 1."""
+
+
+Connect = Callable[["Session", FederatedSettings, str], Backend]
+"""Clients on other machines, who are to train the adapters of this name (``selectors`` or ``global``) by these settings."""
 
 
 def silent(stage: str, step: int, total: int, note: str) -> None:
@@ -45,7 +49,7 @@ class Session:
     devices: int = 1
     models: dict[tuple[ModelSettings, bool], LM] = field(default_factory=dict)
     tracking: Tracking = field(default_factory=Tracking)
-    connect: Callable[[Session], Backend] | None = None
+    connect: Connect | None = None
     """How clients on other machines are reached; None: all data is here."""
     for_once: tuple[str, ...] = ()
     """Settings of ``evaluation`` that this command has for itself alone."""
@@ -238,7 +242,7 @@ def open_session(
     resume: bool,
     progress: Progress,
     devices: int = 1,
-    connect: Callable[[Session], Backend] | None = None,
+    connect: Connect | None = None,
 ) -> Iterator[Session]:
     """Load the data, lock the run folder, check that it belongs to these settings and data, write both down.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedbiscuit.backends.inprocess import InProcessBackend
 from fedbiscuit.backends.worker import TakingPart, told_outside
-from fedbiscuit.config import Config, ModelSettings, dump_config, parse_config
+from fedbiscuit.config import Config, FederatedSettings, ModelSettings, dump_config, parse_config
 from fedbiscuit.data.encoding import TEMPLATES
 from fedbiscuit.data.sources import load
 from fedbiscuit.evaluation.selectors import judge_by_group
@@ -22,7 +22,7 @@ from fedbiscuit.pipeline.session import Session, silent
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.types import ClientId, ConfigError, FederationError, Weights
 
-__all__ = ["Site", "terms_of"]
+__all__ = ["Site", "asked_as", "terms_of"]
 
 NOT_FOR_SITES = ("judge", "labels", "alignment", "trackers", "policy_model", "runs_dir")
 """What a site needs not know of a run."""
@@ -50,6 +50,16 @@ def terms_of(cfg: Config, model: str) -> str:
     update: dict[str, Any] = {key: getattr(plain, key) for key in NOT_FOR_SITES}
     kept = cfg.model_copy(update={**update, "data": data, "evaluation": evaluation})
     return json.dumps({"config": dump_config(kept), "model": model}, sort_keys=True)
+
+
+def asked_as(session: Session, settings: FederatedSettings, name: str) -> tuple[str, str]:
+    """The name of the run and the terms with which sites are asked to train the adapters ``name`` by these settings.
+
+    The one selector for all that is trained beside the groups has a name of its own, RUN/global: what a site writes down of it is
+    nothing of the groups.
+    """
+    cfg = session.cfg.model_copy(update={"selectors": settings})
+    return cfg.name if name == "selectors" else f"{cfg.name}/{name}", terms_of(cfg, session.lm.digest)
 
 
 @dataclass

@@ -81,7 +81,8 @@ def what_was_learned(run: Path, client: str) -> Learned:
     rounds = tuple(
         RoundAccuracy(row["round"] + 1, found[client])
         for row in rows
-        if client in (found := (row["metrics"].get("validation") or {}).get("clients", {}))
+        if row.get("phase") != "warmup"  # in which everybody trains the same selectors
+        and client in (found := (row["metrics"].get("validation") or {}).get("clients", {}))
     )
     evaluation = (folder.read_json("evaluation.json") or {}).get("selectors") or {}
     mine: Mapping[str, Any] = (evaluation.get("clients") or {}).get(client, {})
@@ -106,9 +107,9 @@ def what_the_site_saw(site: Path, client: str) -> Learned | None:
     """From the ``learned.jsonl`` of a site, in which its worker writes how each selector that came for a client agrees with it.
 
     Of the run that came last, after its warm-up, in which everybody trains the same selectors; None where none came for this
-    client.
+    client. What was trained beside the groups (RUN/global) is nobody's group.
     """
-    rows = [row for row in read_learned(site / LEARNED) if row["client"] == client]
+    rows = [row for row in read_learned(site / LEARNED) if row["client"] == client and "/" not in row["run"]]
     if not rows:
         return None
     last = rows[-1]
@@ -152,12 +153,13 @@ def _missing(
 ) -> list[str]:
     if not rows:
         return [f"No round of {run.name} is done yet."]
-    if not has_rounds and not mine and group is None:
+    warming_up = all(row.get("phase") == "warmup" for row in rows)
+    if not has_rounds and not mine and group is None and not warming_up:
         return [
             f"{run.name} knows nobody called {client}: either these comparisons were not in it, or under another name."
         ]
     said = []
-    if not has_rounds:
+    if not has_rounds and not warming_up:
         said.append(
             "The run has no accuracy by round for this client: a server of real clients never sees their choices (`--site` shows "
             "what the worker here saw), and a run in one process shows it where selectors.eval_every is set."
