@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from statistics import mean
 
 import pytest
@@ -10,7 +11,16 @@ from fedbiscuit.config import parse_config
 from fedbiscuit.evaluation.judge import PROTOCOLS, wording_digest
 from fedbiscuit.evaluation.metrics import bootstrap_interval
 from fedbiscuit.report.charts import win_rates
-from fedbiscuit.report.comparison import Method, Section, _methods, _title, alignment_curves, compare, mean_and_interval
+from fedbiscuit.report.comparison import (
+    Method,
+    Section,
+    _methods,
+    _title,
+    alignment_curves,
+    compare,
+    mean_and_interval,
+    read_sections,
+)
 from fedbiscuit.report.judgements import by_step
 from fedbiscuit.report.reading import RunView
 from fedbiscuit.report.sidebyside import _figures, tables_of
@@ -161,6 +171,68 @@ def test_policies_have_a_row_for_each_judge():
         ["one", "vote", "1", "0.750", "0.750", "12.0", "20.5"],
         ["one", "truth", "1", "0.500", "0.500", "12.0", "20.5"],
     ]
+
+
+def test_runs_that_have_a_policy_alone_stand_beside_those_with_selectors_and_their_rates_have_an_interval():
+    prompts = [f"p{i}" for i in range(6)]
+
+    def aligned(seed: int, points: list[float], *overrides: str, selectors: bool = False) -> RunView:
+        bare = run({"ann": 0.5}, f"seed={seed}", *overrides)
+        row = {
+            "name": "vote",
+            "win_rate": mean(points),
+            "points": dict(zip(prompts, points, strict=True)),
+        }
+        policy = {"judges": [row], "length": {"aligned": 12.0, "raw": 20.5}, "kl": 1.0}
+        held = (bare.evaluation or {})["selectors"] if selectors else None
+        return RunView(bare.cfg, "", evaluation={"selectors": held, "policy": policy})
+
+    four = ("labels.selectors=runs/biscuit", "generation.num_completions=4")
+    one, two = [1.0, 0.0, 1.0, 0.5, 1.0, 0.0], [1.0, 1.0, 1.0, 0.5, 1.0, 0.0]
+    runs = [aligned(0, one, *four), aligned(1, two, *four), aligned(0, one, selectors=True)]
+    section = Section(_title(runs), tuple(_methods(runs)))
+    assert section.title.endswith("1 clients with 10 test comparisons")
+    tables = {table[0][0]: table for table in tables_of(section)}
+    agreement = tables["agreement with held-out choices"]
+    assert agreement[1][0][0].startswith("FedBis")
+    assert len(agreement[1]) == 3  # one method, the longer and the shorter answer
+    header, rows = tables["aligned against raw policy"]
+    first = dict(zip(header, rows[0], strict=True))
+    assert (first["seeds"], first["win rate"], first["each seed"]) == ("2", "0.667", "0.583 0.750")
+    low, high = bootstrap_interval([mean(both) for both in zip(one, two, strict=True)], ("compare",))
+    assert first["95% interval"] == f"{low:.3f} to {high:.3f}"
+    assert [name for name, _ in _figures(section)] == ["agreement"]
+    alone = Section(_title(runs[:2]), tuple(_methods(runs[:2])))
+    assert alone.title.endswith(": policies")
+    assert [table[0][0] for table in tables_of(alone)] == ["aligned against raw policy", "cost of a run"]
+    assert _figures(alone) == []
+
+
+def test_a_policy_that_nobody_judges_is_compared_by_its_length_and_how_far_it_has_moved():
+    bare = run({"ann": 0.5}, "selectors.local.objective=sft")
+    policy = {"judges": [], "length": {"aligned": 12.0, "raw": 20.5}, "kl": 1.0}
+    tuned = RunView(bare.cfg, "", evaluation={"selectors": None, "policy": policy})
+    table, *_ = tables_of(Section("t", (Method("one", (tuned,)),)))
+    assert table == (
+        ["aligned against raw policy", "seeds", "words aligned", "words raw", "nats from raw"],
+        [["one", "1", "12.0", "20.5", "1.0"]],
+    )
+
+
+def test_what_has_nothing_to_compare_is_told_what_to_do(tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("labels: {selectors: runs/biscuit}\n")
+    with pytest.raises(ConfigError, match="is not evaluated; run `fedbiscuit evaluate"):
+        read_sections([folder])
+    evaluated = {"selectors": None, "policy": None, "left_out": {}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluated))
+    with pytest.raises(ConfigError, match="neither selectors nor a policy; align it"):
+        read_sections([folder])
+    policy = {"judges": [], "length": {"aligned": 1.0, "raw": 2.0}, "kl": 0.0}
+    (folder / "evaluation.json").write_text(json.dumps({**evaluated, "policy": policy}))
+    (section,) = read_sections([folder])
+    assert len(section.methods) == 1
 
 
 def test_policies_kept_on_the_way_are_curves_by_the_judge_to_trust_most_over_the_steps_that_all_seeds_have():

@@ -71,7 +71,7 @@ def compare(
         Path | None, Parameter(help="write Markdown there, with figures beside it", show_default=False)
     ] = None,
 ) -> None:
-    """Put runs side by side: agreement with people, differences client by client, calibration, cost.
+    """Put runs side by side: agreement with people, differences client by client, calibration, policies, cost.
 
     Runs that differ by their seed alone are one row; the first row is what the others are compared with.
 

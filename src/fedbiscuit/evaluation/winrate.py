@@ -7,7 +7,7 @@ from typing import Any
 
 from fedbiscuit.evaluation.metrics import bootstrap_interval
 
-__all__ = ["strict_win_rate", "win_rate"]
+__all__ = ["points_of", "strict_win_rate", "win_rate"]
 
 
 def win_rate(
@@ -17,7 +17,7 @@ def win_rate(
 
     win_rate = (wins + ties / 2) / prompts, with its 95% bootstrap interval over prompts.
     """
-    points = [1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0 for p in probabilities]
+    points = list(map(points_of, probabilities))
     return {
         "name": name,
         "win_rate": sum(points) / len(points),
@@ -26,6 +26,11 @@ def win_rate(
         "losses": points.count(0.0),
         "ties": points.count(0.5),
     }
+
+
+def points_of(probability: float) -> float:
+    """1 a win of the first policy, 0 a loss, 0.5 a tie."""
+    return 1.0 if probability > 0.5 else 0.5 if probability == 0.5 else 0.0
 
 
 def strict_win_rate(points: Sequence[float], key: tuple[object, ...], resamples: int = 1000) -> dict[str, Any]:

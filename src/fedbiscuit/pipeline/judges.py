@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from fedbiscuit.config import Config, LabelSettings, load_config
 from fedbiscuit.data.encoding import EXTRA, load_template
 from fedbiscuit.data.sources import load
-from fedbiscuit.evaluation.winrate import win_rate
+from fedbiscuit.evaluation.winrate import points_of, win_rate
 from fedbiscuit.models.rewards import RewardModel, check_reward_model, load_reward_model
 from fedbiscuit.models.selector import Selector, choice_probability, letter_margins, vote
 from fedbiscuit.pipeline.session import Session, silent
@@ -95,20 +96,29 @@ def verdicts(
     first: Sequence[str],
     second: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Each judge's verdict on the first answers against the second, and in the demo world that of the truth."""
-    cfg, key = session.cfg, (session.cfg.seed, "win rate")
+    """Each judge's verdict on the first answers against the second, and in the demo world that of the truth.
+
+    ``points`` has it by prompt, under a digest: runs are compared prompt by prompt.
+    """
+    cfg = session.cfg
+    keys = [hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16] for prompt in prompts]
+
+    def verdict(name: str, probabilities: Sequence[float]) -> dict[str, Any]:
+        row = win_rate(name, probabilities, (cfg.seed, "win rate"), cfg.evaluation.bootstrap)
+        return row | {"points": dict(zip(keys, map(points_of, probabilities), strict=True))}
+
     rows = []
     for judge in judges:
         probabilities = said(session, judge, prompts, first, second)
         rows.append(
-            win_rate(judge.name, probabilities, key, cfg.evaluation.bootstrap)
+            verdict(judge.name, probabilities)
             | {"independent": judge.independent, "labeled": isinstance(judge, Judge) and judge.labeled}
         )
     truth = session.dataset.truth
     if truth is not None:
         probabilities = [truth.majority_prefers(*one) for one in zip(prompts, first, second, strict=True)]
         name = "known truth of the majority"
-        rows.append(win_rate(name, probabilities, key, cfg.evaluation.bootstrap) | {"independent": True})
+        rows.append(verdict(name, probabilities) | {"independent": True})
     return rows
 
 

@@ -49,16 +49,21 @@ class Method:
         """The seed of each run."""
         return tuple(run.cfg.seed for run in self.runs)
 
+    @cached_property
+    def tested(self) -> tuple[RunView, ...]:
+        """The runs whose selectors were tested; none where the policy alone is compared."""
+        return tuple(run for run in self.runs if run.selectors)
+
     def by_client(self, key: str = "accuracy") -> dict[int, ByClient]:
         """Seed -> client -> accuracy, of the ``accuracy`` of the client's own selector or of the ``vote``."""
         return {
             run.cfg.seed: {client: one[key] for client, one in run.selectors["clients"].items() if key in one}
-            for run in self.runs
+            for run in self.tested
         }
 
     def row(self, key: str, place: int = 0) -> list[Any]:
         """One number of each run: of its first row in ``evaluation.json``, which is the method's own selector."""
-        return [run.selectors["rows"][place].get(key) for run in self.runs]
+        return [run.selectors["rows"][place].get(key) for run in self.tested]
 
     def each(self, read: Callable[[RunView], float | None]) -> list[float]:
         """One number of each run that has it."""
@@ -79,24 +84,38 @@ class Difference:
 
 @dataclass(frozen=True)
 class Section:
-    """Methods that were tested on the same comparisons."""
+    """Methods with the same data, and where they have selectors, tested on the same comparisons."""
 
     title: str
     methods: tuple[Method, ...]
+
+    @property
+    def with_selectors(self) -> list[Method]:
+        """Those whose selectors were tested. Runs that took another's to label, or learned from single answers, have none."""
+        return [method for method in self.methods if method.tested]
 
 
 def read_sections(run_dirs: Sequence[Path]) -> list[Section]:
     """Evaluated run folders as rows, in the order given, one section for each set of test comparisons.
 
-    Raises ``ConfigError`` for a folder that is no run, or one that is not evaluated or has no selectors.
+    Raises ``ConfigError`` for a folder that is no run, or one with neither selectors nor a policy that was judged or measured.
     """
     sections: dict[tuple[Any, ...], list[RunView]] = {}
     for folder in run_dirs:
         run = read_run(folder)
-        if not run.selectors:
-            raise ConfigError(f"{folder}: has no evaluated selectors; run `fedbiscuit evaluate {folder}` first")
+        if not (run.selectors or run.policy or run.judged):
+            raise ConfigError(_nothing_to_compare(folder, run))
         sections.setdefault(_tested_on(run), []).append(run)
     return [Section(_title(runs), tuple(_methods(runs))) for runs in sections.values()]
+
+
+def _nothing_to_compare(folder: Path, run: RunView) -> str:
+    if run.evaluation is None:
+        return f"{folder}: is not evaluated; run `fedbiscuit evaluate {folder}` first"
+    return (
+        f"{folder}: its evaluation has neither selectors nor a policy; align it, or set data.prompts where it has no prompt "
+        f"that it was not trained on, and run `fedbiscuit evaluate {folder}` again"
+    )
 
 
 def compare(method: Method, other: Method) -> Difference | None:
@@ -152,8 +171,10 @@ def _tested_on(run: RunView) -> tuple[Any, ...]:
 
 def _title(runs: Sequence[RunView]) -> str:
     """What they were tested on. Which clients take part, and so how many comparisons, may depend on the seed."""
-    sizes = [[one["comparisons"] for one in run.selectors["clients"].values()] for run in runs]
-    tested = f"{_range(map(len, sizes))} clients with {_range(map(sum, sizes))} test comparisons"
+    sizes = [[one["comparisons"] for one in run.selectors["clients"].values()] for run in runs if run.selectors]
+    tested = (
+        f"{_range(map(len, sizes))} clients with {_range(map(sum, sizes))} test comparisons" if sizes else "policies"
+    )
     data = runs[0].cfg.data
     name = "/".join(Path(data.path[0]).parts[-2:]) if data.path else data.source
     return f"{name}: {tested}"

@@ -76,9 +76,9 @@ def _agreement(section: Section) -> Table:
         "(A, B) alone", "(B, A) alone", "flips", "worst tenth", "new clients", "adjusted Rand index",
     )  # fmt: skip
     rows = []
-    for method in section.methods:
+    for method in section.with_selectors:
         rows.append(_agreement_row(method, method.name, 0, "accuracy", "new clients, the best fitting selector"))
-        if any("vote" in one for run in method.runs for one in run.selectors["clients"].values()):
+        if any("vote" in one for run in method.tested for one in run.selectors["clients"].values()):
             rows.append(_agreement_row(method, f"{method.name}, vote", 1, "vote", "new clients, vote of all selectors"))
     rows += [
         _baseline_row(section, UNTRAINED, "baseline_raw", ""),
@@ -104,7 +104,7 @@ def _agreement_row(method: Method, name: str, place: int, key: str, new: str) ->
         *in_order,
         _mean(method.row("flip_rate", place)),
         _mean(method.row("worst_decile", place)),
-        _mean([_new(run, new, "new clients, one global selector") for run in method.runs]),
+        _mean([_new(run, new, "new clients, one global selector") for run in method.tested]),
         " ".join(f"{value:.2f}" for value in rand),
     )
 
@@ -115,7 +115,7 @@ def _baseline_row(section: Section, name: str, key: str, new: str, against: bool
     def share(value: float) -> float:
         return 1 - value if against else value
 
-    runs = {run.cfg.seed: run for method in section.methods for run in method.runs if _has(run, key)}
+    runs = {run.cfg.seed: run for method in section.with_selectors for run in method.tested if _has(run, key)}
     by_seed = {
         seed: {client: share(one[key]) for client, one in run.selectors["clients"].items()}
         for seed, run in runs.items()
@@ -138,9 +138,9 @@ def _new(run: Any, *names: str) -> float | None:
 
 
 def _differences(section: Section) -> Table:
-    first = section.methods[0]
+    first, *others = section.with_selectors or section.methods
     rows = []
-    for method in section.methods[1:]:
+    for method in others:
         found = compare(method, first)
         if found is not None:
             interval = [100 * bound for bound in found.interval] if found.interval else None
@@ -160,25 +160,36 @@ def _calibration(section: Section) -> Table:
             _mean(method.row("loss_at_temperature")),
             _mean(method.row("calibration_error_at_temperature")),
         )
-        for method in section.methods
+        for method in section.with_selectors
     ]
     return header, rows
 
 
 def _policies(section: Section) -> Table:
+    """Means over prompts, then over seeds; intervals from resampling prompts. Nobody judges where the cell is empty."""
     header = (
-        "aligned against raw policy", "judged by", "seeds", "win rate", "each seed", "words aligned", "words raw",
-        "nats from raw",
+        "aligned against raw policy", "judged by", "seeds", "win rate", "95% interval", "each seed", "words aligned",
+        "words raw", "nats from raw",
     )  # fmt: skip
     rows = []
     for method in section.methods:
-        aligned = [run.policy for run in method.runs if run.policy.get("judges")]
-        for name in dict.fromkeys(judge["name"] for policy in aligned for judge in policy["judges"]):
-            rates = [judge["win_rate"] for policy in aligned for judge in policy["judges"] if judge["name"] == name]
-            words = [_mean([policy["length"][kind] for policy in aligned], 1) for kind in ("aligned", "raw")]
-            each = " ".join(_share(rate) for rate in rates)
-            kl = _mean([policy.get("kl") for policy in aligned], 1)
-            rows.append((method.name, str(name), str(len(rates)), _mean(rates), each, *words, kl))
+        aligned = {run.cfg.seed: run.policy for run in method.runs if run.policy}
+        words = [_mean([policy["length"][kind] for policy in aligned.values()], 1) for kind in ("aligned", "raw")]
+        kl = _mean([policy.get("kl") for policy in aligned.values()], 1)
+        names = dict.fromkeys(judge["name"] for policy in aligned.values() for judge in policy.get("judges", []))
+        for name in names or dict.fromkeys([""] if aligned else []):
+            by_seed = {
+                seed: judge
+                for seed, policy in aligned.items()
+                for judge in policy.get("judges", [])
+                if judge["name"] == name
+            }
+            points = {seed: judge.get("points", {}) for seed, judge in by_seed.items()}
+            interval = mean_and_interval(points)[1] if points and all(points.values()) else None
+            rates = [judge["win_rate"] for judge in by_seed.values()]
+            each = " ".join(map(_share, rates))
+            told = (str(len(by_seed or aligned)), _mean(rates), _interval(interval), each)
+            rows.append((method.name, str(name), *told, *words, kl))
     return header, rows
 
 
@@ -231,9 +242,13 @@ def _cost(section: Section) -> Table:
 
 
 def _figures(section: Section) -> list[tuple[str, str]]:
-    height = 90 + 34 * len(section.methods)
-    said = f"Dot plot: agreement with held-out choices of {len(section.methods)} methods, with 95% intervals."
-    figures = [("agreement", _standalone(draw("agreement", said, height, lambda figure: _dots(figure, section))))]
+    figures = []
+    if tested := section.with_selectors:
+        height = 90 + 34 * len(tested)
+        said = f"Dot plot: agreement with held-out choices of {len(tested)} methods, with 95% intervals."
+        figures.append(
+            ("agreement", _standalone(draw("agreement", said, height, lambda figure: _dots(figure, tested))))
+        )
     if any(len(curves(method)) > 1 for method in section.methods):
         height = 300 + 18 * len(section.methods)
         said = "Line chart: validation accuracy of each method by round."
@@ -246,9 +261,9 @@ def _figures(section: Section) -> list[tuple[str, str]]:
     return figures
 
 
-def _dots(figure: Figure, section: Section) -> None:
+def _dots(figure: Figure, methods: Sequence[Method]) -> None:
     axes = figure.subplots()
-    for y, method in enumerate(section.methods):
+    for y, method in enumerate(methods):
         value, interval = mean_and_interval(method.by_client())
         low, high = interval or (value, value)
         axes.plot([low, high], [y, y], color=colour("main"), linewidth=3, solid_capstyle="round")
@@ -256,8 +271,8 @@ def _dots(figure: Figure, section: Section) -> None:
         axes.plot(seeds, [y] * len(seeds), linestyle="", marker="|", markersize=12, color=colour("muted"))
         axes.plot(value, y, color=colour("main"), marker="o", markersize=9)
     axes.axvline(0.5, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
-    axes.set_yticks(range(len(section.methods)), [method.name for method in section.methods])
-    axes.set_ylim(len(section.methods) - 0.4, -0.6)
+    axes.set_yticks(range(len(methods)), [method.name for method in methods])
+    axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.set_xlabel("share of held-out choices agreed with")
