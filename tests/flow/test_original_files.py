@@ -41,7 +41,7 @@ def summaries(tmp_path_factory) -> Path:
     return folder
 
 
-def test_selectors_of_one_file_label_for_the_policy_of_the_other(
+def test_selectors_of_one_file_label_for_the_policy_of_the_other_which_is_evaluated_judged_and_compared(
     summaries, tiny_model, tmp_path, monkeypatch, caplog, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -89,6 +89,24 @@ def test_selectors_of_one_file_label_for_the_policy_of_the_other(
         "the vote of the selectors of summaries_u3, which labeled"
     ]
     assert "original_rlhf.yaml: settings of the original FedBiscuit, translated" in caplog.text
+
+    old = [RLHF, *here, *few, "evaluation.num_prompts=2"]
+    capsys.readouterr()
+    assert main(["config", *old, "--selector", SELECTOR]) == 0
+    assert "name: policy_summaries_u3" in capsys.readouterr().out
+    assert main(["evaluate", *old, "--selector", SELECTOR]) == 0
+    assert json.loads((run / "evaluation.json").read_text()) == found
+    plain = ["--protocol", "plain", "--model", str(tiny_model), "judge.max_tokens=4"]
+    assert main(["judge", *old, "--selector", SELECTOR, *plain]) == 0
+    (judged,) = json.loads((run / "evaluations/judge-plain.json").read_text())["judges"]
+    assert (judged["policy"], judged["prompts"]) == ("aligned policy", 2)
+    capsys.readouterr()
+    assert main(["judge", *old, f"name={run.name}", *plain]) == 2
+    assert "label in this run; add `--selector runs/summaries_u3`" in capsys.readouterr().err
+    assert main(["compare", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "the vote of the selectors of summaries_u3, which labeled" in told
+    assert "judged by a language model" in told
 
 
 def test_a_run_that_takes_other_selectors_trains_none_and_says_which_are_missing(

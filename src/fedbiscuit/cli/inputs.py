@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 import fedbiscuit
-from fedbiscuit.cli.shared import Overrides, app, data_app, settings_of
+from fedbiscuit.cli.shared import Overrides, Selector, app, data_app, settings_of, with_selector
 from fedbiscuit.types import ConfigError
 
 __all__ = ["check", "show_config"]
@@ -20,6 +20,7 @@ def show_config(
     config: Annotated[Path | None, Parameter(help="a config file, or the folder of a run")] = None,
     /,
     *overrides: Overrides,
+    selector: Selector = None,
     check: Annotated[
         bool, Parameter(negative="", show_default=False, help="only check the settings, print none")
     ] = False,
@@ -49,7 +50,11 @@ def show_config(
     else:
         from fedbiscuit.data.encoding import load_template
 
-        cfg, notes = (settings_of(config, overrides)[0], ()) if config.is_dir() else load_translated(config, overrides)
+        notes: tuple[str, ...] = ()
+        if config.is_dir():
+            cfg, _ = settings_of(config, overrides, selector)
+        else:
+            cfg, notes = load_translated(config, *with_selector(overrides, selector))
         load_template(cfg.data.template)
         told = "".join(f"# {note}\n" for note in notes)
         missing = [path for path in cfg.data.path if cfg.data.source == "jsonl" and not Path(path).exists()]

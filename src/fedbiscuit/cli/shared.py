@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Overrides",
+    "Selector",
     "Source",
     "app",
     "client_app",
@@ -29,6 +30,7 @@ __all__ = [
     "server_app",
     "settings_of",
     "station_app",
+    "with_selector",
 ]
 
 log = logging.getLogger("fedbiscuit")
@@ -73,6 +75,14 @@ app.command(station_app)
 Source = Annotated[Path, Parameter(help="a config file, or the folder of a run, which is continued")]
 Overrides = Annotated[str, Parameter(help="settings on top of the config: key=value or key value, such as seed=1")]
 
+Selector = Annotated[
+    Path | None,
+    Parameter(
+        show_default=False,
+        help="whose selectors label: the folder of a run, or the config that trained it (labels.selectors)",
+    ),
+]
+
 
 def settings_of(source: Path, overrides: Sequence[str], selector: Path | None = None) -> tuple[Config, bool]:
     """The settings of a config file or of a run folder, and whether it was a folder.
@@ -80,12 +90,8 @@ def settings_of(source: Path, overrides: Sequence[str], selector: Path | None = 
     ``selector``: the run whose selectors label, by its folder or its config.
     """
     from fedbiscuit.config import load_config, load_translated
-    from fedbiscuit.strict_yaml import scalar_text
 
-    fill = ""
-    if selector is not None:
-        trained = selector if selector.is_dir() else run_dir_of(load_config(selector))
-        overrides, fill = [*overrides, f"labels.selectors={scalar_text(str(trained))}"], trained.name
+    overrides, fill = with_selector(overrides, selector)
     if not source.is_dir():
         cfg, notes = load_translated(source, overrides, fill)
         if notes:
@@ -99,6 +105,17 @@ def settings_of(source: Path, overrides: Sequence[str], selector: Path | None = 
     if run_dir_of(cfg).resolve() != folder:  # moved, renamed, or seen from another working folder
         cfg = cfg.model_copy(update={"runs_dir": str(folder.parent), "name": folder.name})
     return cfg, True
+
+
+def with_selector(overrides: Sequence[str], selector: Path | None) -> tuple[Sequence[str], str]:
+    """The overrides and the run whose selectors label, and its name: it fills placeholders in an old file's names."""
+    if selector is None:
+        return overrides, ""
+    from fedbiscuit.config import load_config
+    from fedbiscuit.strict_yaml import scalar_text
+
+    trained = selector if selector.is_dir() else run_dir_of(load_config(selector))
+    return [*overrides, f"labels.selectors={scalar_text(str(trained))}"], trained.name
 
 
 def run_dir_of(cfg: Config) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter, validators
 
-from fedbiscuit.cli.shared import Overrides, Source, app, program, run_dir_of, settings_of
+from fedbiscuit.cli.shared import Overrides, Selector, Source, app, program, run_dir_of, settings_of
 from fedbiscuit.types import ConfigError
 
 if TYPE_CHECKING:
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Clients", "align", "evaluate", "judge", "label", "run", "train"]
 
-Selector = Annotated[
-    Path | None,
-    Parameter(
-        show_default=False,
-        help="whose selectors label: the folder of a run, or the config that trained it (labels.selectors)",
-    ),
-]
 Gpus = Annotated[
     int,
     Parameter(
@@ -226,6 +219,7 @@ def judge(
     config: Source,
     /,
     *overrides: Overrides,
+    selector: Selector = None,
     protocol: Annotated[
         str,
         Parameter(
@@ -265,7 +259,7 @@ def judge(
               fedbiscuit judge runs/demo --checkpoints
               fedbiscuit judge runs/demo --on alpaca-eval
     """
-    cfg, _ = settings_of(config, [*overrides, *_judge_overrides(protocol, pairwise, model, endpoint)])
+    cfg, _ = settings_of(config, [*overrides, *_judge_overrides(protocol, pairwise, model, endpoint)], selector)
     from fedbiscuit import pipeline
     from fedbiscuit.terminal import ProgressLines, print_judgements
 

@@ -298,6 +298,11 @@ def open_run(cfg: Config, progress: Progress, devices: int = 1) -> contextlib.Ab
             f"{path}: there is no run here; train its selectors first: `fedbiscuit train CONFIG`, or name the run whose "
             "selectors label, as in `fedbiscuit align CONFIG --selector runs/OTHER`"
         )
+    other = load_config(path / "config.yaml").labels.selectors
+    if other and not cfg.labels.selectors:
+        raise ConfigError(
+            f"{path}: the selectors of {other} label in this run; add `--selector {other}`, or name {path}"
+        )
     trained = "selectors" if cfg.selectors.local.objective == "choice" else "policy"
     if not cfg.labels.selectors and not (path / trained).is_dir():
         done = len(RunDir.view(path).read_lines("metrics.jsonl"))
