@@ -65,6 +65,15 @@ def test_a_policy_is_fine_tuned_on_summaries_and_evaluated_on_posts_that_it_neve
     assert [json.loads(row)["round"] for row in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1]
 
 
+def test_early_stopping_has_something_to_watch_where_there_are_single_good_answers(settings, posts, capsys):
+    stop = ["selectors.patience=1", "selectors.eval_every=1", "selectors.local.lr=1e-30", "selectors.rounds=20"]
+    cfg = settings("tldr_sft", posts, "sft", *stop)
+    assert main(["train", str(Path(cfg.runs_dir).parent / "small.yaml"), f"runs_dir={cfg.runs_dir}", *stop]) == 0
+    rows = (Path(cfg.runs_dir) / "small" / "metrics.jsonl").read_text().splitlines()
+    assert [set(json.loads(row)["metrics"]["validation"]) for row in rows] == [{"loss"}] * 2
+    assert ", loss " in "".join(capsys.readouterr())
+
+
 def test_the_original_fine_tuning_file_runs_as_it_is(posts, tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("old.yaml").write_text(

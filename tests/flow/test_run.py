@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -67,6 +68,30 @@ alignment: {{steps: 5, batch_size: 2, lr: 0.01, save_every: 2}}
 evaluation: {{num_prompts: 4, bootstrap: 50, compare_global: true}}
 """
     return parse_config(text, overrides, "test.yaml")
+
+
+def log_prob_of(model: Path, adapter: Path):
+    """(log-probability, tokens) of an answer to a prompt by PEFT's own model, with its end token."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter).eval()
+
+    @torch.no_grad()
+    def log_prob(prompt: str, answer: str, adapter: bool = True) -> tuple[float, int]:
+        words = [{"role": "user", "content": prompt}]
+        start = (
+            tokenizer.apply_chat_template(words, add_generation_prompt=True)["input_ids"]
+            if tokenizer.chat_template
+            else tokenizer(prompt).input_ids
+        )
+        ids = [*start, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        with contextlib.nullcontext() if adapter else policy.disable_adapter():
+            logits = policy(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(float(logits[i - 1, ids[i]]) for i in range(len(start), len(ids))), len(ids) - len(start)
+
+    return log_prob
 
 
 def digests(run: Path) -> dict[str, str]:
@@ -357,6 +382,27 @@ def test_mistake_06_early_stopping_keeps_the_round_of_least_validation_loss_and_
     assert json.loads((run / "selectors/groups.json").read_text())["round"] == best
 
 
+def test_early_stopping_of_a_policy_that_imitates_watches_the_loss_of_the_good_answers(tmp_path, tiny_model):
+    """Against PEFT's own model, one whole text at a time."""
+    changes = ["selectors.num_adapters=1", "selectors.warmup_rounds=0", "selectors.local.objective=sft"]
+    watch = [
+        "selectors.patience=1",
+        "selectors.eval_every=1",
+        "selectors.local.lr=0.3",
+        "evaluation.compare_global=false",
+    ]
+    run = pipeline.train_selectors(settings(tmp_path, tiny_model, *changes, *watch, "selectors.rounds=9"))
+    losses = [row["metrics"]["validation"]["loss"] for row in lines(run / "metrics.jsonl")]
+    log_prob = log_prob_of(tiny_model, run / "policy")
+    nats = tokens = 0.0
+    for row in map(json.loads, (tmp_path / "world.jsonl").read_text().splitlines()):
+        if row["split"] == "val":
+            found = log_prob(row["prompt"], row["output_b"] if row["choice"] else row["output_a"])
+            nats, tokens = nats - found[0], tokens + found[1]
+    assert min(losses) == pytest.approx(nats / tokens, rel=1e-4)  # what is kept is the round of least loss
+    assert losses[0] > min(losses)  # training lowers it, or this shows nothing
+
+
 def test_a_finished_training_goes_on_with_more_rounds_as_if_it_had_been_longer_from_the_start(tmp_path, tiny_model):
     plain = ["evaluation.compare_global=false", "selectors.keep_every=0"]
     short = settings(tmp_path, tiny_model, *plain, "selectors.rounds=4", name="grown")
@@ -426,33 +472,14 @@ def test_baselines_and_options_are_settings_of_the_same_loop(tmp_path, tiny_mode
 
 def test_a_policy_that_clients_trained_is_judged_by_the_reward_that_it_implies(tmp_path, tiny_model):
     """Against PEFT's own model, one whole text at a time: log-probabilities with the adapter minus those without it."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     changes = ["selectors.num_adapters=1", "selectors.local.objective=dpo", "data.partition.new_clients=0.2"]
     cfg = settings(tmp_path, tiny_model, "evaluation.compare_global=false", "selectors.rounds=3", *changes)
     run = pipeline.run_all(cfg)
     found = json.loads((run / "evaluation.json").read_text())["selectors"]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    policy = PeftModel.from_pretrained(base, run / "policy").eval()
-
-    def log_prob(prompt: str, answer: str) -> float:
-        words = [{"role": "user", "content": prompt}]
-        start = (
-            tokenizer.apply_chat_template(words, add_generation_prompt=True)["input_ids"]
-            if tokenizer.chat_template
-            else tokenizer(prompt).input_ids
-        )
-        ids = [*start, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        logits = policy(torch.tensor([ids])).logits[0].log_softmax(-1)
-        return sum(float(logits[i - 1, ids[i]]) for i in range(len(start), len(ids)))
+    log_prob = log_prob_of(tiny_model, run / "policy")
 
     def reward(prompt: str, answer: str) -> float:
-        with torch.no_grad():
-            tuned = log_prob(prompt, answer)
-            with policy.disable_adapter():
-                return tuned - log_prob(prompt, answer)
+        return log_prob(prompt, answer)[0] - log_prob(prompt, answer, adapter=False)[0]
 
     right: dict[str, list[float]] = {}
     for row in map(json.loads, (tmp_path / "world.jsonl").read_text().splitlines()):

@@ -13,7 +13,7 @@ from fedbiscuit.evaluation.selectors import judge_by_group
 from fedbiscuit.federated.algorithm import assign, fedbiscuit_round, init_state, phase_of
 from fedbiscuit.models.cards import baseline_card, reward_card, selector_card
 from fedbiscuit.pipeline.devices import backend_for
-from fedbiscuit.pipeline.scoring import held_out, scores_of
+from fedbiscuit.pipeline.scoring import held_out, imitation_loss, scores_of
 from fedbiscuit.pipeline.session import Session, resolved
 from fedbiscuit.rundir.disk import human_bytes
 from fedbiscuit.types import ClientData, ClientId, DataError, RoundRecord, ServerState, Weights
@@ -103,7 +103,22 @@ def _global(settings: FederatedSettings) -> FederatedSettings:
 def _validate(
     session: Session, state: ServerState, clients: Mapping[ClientId, ClientData], settings: FederatedSettings
 ) -> dict[str, Any]:
-    """Validation metrics with the selector of each client's own group: read by the experimenter, who holds all the data."""
+    """What validation comparisons say: read by the experimenter, who holds all the data.
+
+    The loss is the one that training lowers: of a policy that imitates good answers, that of these answers.
+    """
+    found = _validate_choices(session, state, clients, settings)
+    if settings.local.objective != "sft":
+        return found
+    limit = settings.eval_comparisons or None
+    good = [one for _, data in sorted(clients.items()) for one in data.validation[:limit]]
+    return found | {"loss": imitation_loss(session, state.adapters[0], good)} if good else found
+
+
+def _validate_choices(
+    session: Session, state: ServerState, clients: Mapping[ClientId, ClientData], settings: FederatedSettings
+) -> dict[str, Any]:
+    """How the selector of each client's own group agrees with its choices; empty where nobody has two answers."""
     held = held_out(clients, "validation", settings.eval_comparisons)
     if phase_of(state.round - 1, settings) == "federated":  # real clients whose data are here may not have come yet
         held = {client: comparisons for client, comparisons in held.items() if client in state.grouping}
@@ -168,8 +183,10 @@ def _quarantine(session: Session, record: RoundRecord, name: str) -> None:
 def _note(row: Mapping[str, Any]) -> str:
     found = row["metrics"].get("validation", {})
     parts = [row["phase"], "new groups" if row["regrouped"] else ""]
-    if found:
+    if "accuracy" in found:
         parts.append(f"accuracy {found['accuracy']:.3f}")
+    elif "loss" in found:
+        parts.append(f"loss {found['loss']:.3f}")
     if row["refused"]:
         parts.append(f"{len(row['refused'])} refused")
     parts.append(f"{human_bytes(row['bytes_down'])} down, {human_bytes(row['bytes_up'])} up")

@@ -1,19 +1,20 @@
-"""Margins on people's comparisons: of a run's selectors, or of the policy that clients trained in their place."""
+"""Margins on people's comparisons: of a run's selectors, or of the policy that clients trained in their place; its loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fedbiscuit.backends.client import policy_pair
 from fedbiscuit.evaluation.selectors import ClientMargins, score_by_policy, score_clients
-from fedbiscuit.models.policy import implicit_margins
+from fedbiscuit.models.policy import implicit_margins, pair_sft_loss
 from fedbiscuit.pipeline.session import Session
 from fedbiscuit.types import ClientData, ClientId, Comparison, Grouping, Weights
 
-__all__ = ["held_out", "scores_of"]
+__all__ = ["held_out", "imitation_loss", "scores_of"]
 
 
 def held_out(
@@ -47,3 +48,17 @@ def scores_of(
         return implicit_margins(lm, pairs, cfg.selectors.local.dpo_beta)
 
     return score_by_policy(margins, comparisons, cfg.evaluation.batch_size, progress)
+
+
+@torch.no_grad()
+def imitation_loss(session: Session, adapter: Weights, comparisons: Sequence[Comparison]) -> float:
+    """Mean negative log-likelihood a response token of the good answers, in nats: what objective ``sft`` lowers."""
+    lm, size = session.lm, session.cfg.evaluation.batch_size
+    lm.put_adapter(adapter)
+    lm.model.eval()
+    pairs = [policy_pair(one.prompt, one.chosen, one.rejected, session.desk) for one in comparisons]
+    nats = tokens = 0.0
+    for batch in (pairs[start : start + size] for start in range(0, len(pairs), size)):
+        written = sum(len(pair.chosen) for pair in batch)
+        nats, tokens = nats + float(pair_sft_loss(lm, batch)) * written, tokens + written
+    return nats / tokens
