@@ -42,7 +42,8 @@ class Dataset:
 
     ``prompts`` are for training the policy, ``held_out_prompts`` for evaluating it. ``left_out`` counts by reason, with
     the unit in the reason. ``digests`` is sha256 by file. ``fields`` has what a template may show of a prompt beside its text,
-    by prompt. ``truth`` is known for the demo only.
+    by prompt. ``truth`` is known for the demo only. ``no_others`` says why the prompts are those of the comparisons where they
+    should be others; empty where all is as it should be.
     """
 
     clients: dict[ClientId, ClientData]
@@ -53,6 +54,7 @@ class Dataset:
     digests: dict[str, str] = field(default_factory=dict)
     fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     truth: Truth | None = None
+    no_others: str = ""
 
 
 def load(settings: DataSettings, seed: int) -> Dataset:
@@ -134,7 +136,16 @@ def _tldr(settings: DataSettings, seed: int) -> Dataset:
     later = dict(islice(posts.items(), _first_unlabeled(posts), None))
     fields = {post: {key: known[key] for key in TLDR_FIELDS} for post, known in later.items()}
     dataset = replace(dataset, digests=dataset.digests | digests, fields={**dataset.fields, **fields})
-    return _with_prompts(dataset, later, seed) if later else dataset
+    if later:
+        return _with_prompts(dataset, later, seed)
+    if settings.prompts:
+        return dataset
+    told = (
+        f"data.path: {', '.join(settings.path)}: no post that is in no comparison, so the prompts are the compared posts, on "
+        "which selectors are trained; put train.jsonl, valid.jsonl and test.jsonl of tldr_3_filtered into a folder with the "
+        "batches"
+    )
+    return replace(dataset, warnings=[*dataset.warnings, told], no_others=told)
 
 
 def _tldr_sft(settings: DataSettings, seed: int) -> Dataset:
