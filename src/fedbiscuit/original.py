@@ -143,6 +143,8 @@ def _implied(old: Old) -> Iterator[tuple[str, Any, str]]:
         yield f"{training}.weight_decay", 0.01, "what torch's AdamW takes where a file is silent"
     if kind in ASKED:
         yield "data.prompts", ASKED[kind][0].format(root=old["data.root"]), ASKED[kind][1]
+    if kind == "shp-rlhf":
+        yield "data.prompt_column", "history", "SHP's questions alone; a file of another set is an error"
     if source == "shp":
         yield "data.max_train_tokens", 512, "as there: longer training comparisons are left out"
     if job in ("sft", "dpo"):

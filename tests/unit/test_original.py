@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedbiscuit.config import dump_config, load_translated, parse_config
+from fedbiscuit.data.sources import read_prompts
 from fedbiscuit.original import DATA, KEYS
-from fedbiscuit.types import ConfigError
+from fedbiscuit.types import ConfigError, DataError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SELECTOR, RLHF = EXAMPLES / "original_selector.yaml", EXAMPLES / "original_rlhf.yaml"
@@ -140,6 +141,22 @@ def test_alignments_on_shp_read_prompts_alone_from_where_the_original_took_them(
     assert (cfg.data.source, cfg.data.path, cfg.data.prompts) == ("jsonl", (), prompts)
     assert (cfg.data.template, cfg.generation.system) == ("shp", "")
     assert parse_config(text, ["data.prompts=other"]).data.prompts == "other"
+
+
+def test_posts_of_tldr_in_the_folder_of_shp_do_not_become_its_prompts(tmp_path):
+    (tmp_path / "shp").mkdir()
+    (tmp_path / "shp" / "validation.json").write_text('{"history": "a question"}\n')
+    (tmp_path / "shp" / "test.json").write_text('{"history": "another question"}\n')
+    text = MINIMAL.replace("reddit-tldr-comparison-choice", "shp-rlhf").replace(
+        "data: {", f"data: {{root: {tmp_path}, "
+    )
+    settings = parse_config(text).data
+    assert sorted(read_prompts(settings)[0]) == ["a question", "another question"]
+    (tmp_path / "tldr_3_filtered").mkdir()
+    (tmp_path / "tldr_3_filtered" / "test.jsonl").write_text('{"post": "a post", "title": "t", "summary": "s"}\n')
+    with pytest.raises(DataError, match=r"tldr_3_filtered/test\.jsonl:1: no column 'history' \(data\.prompt_column\)"):
+        read_prompts(settings)
+    assert parse_config(text, ["data.prompts=other", "data.prompt_column="]).data.prompt_column == ""
 
 
 def test_fine_tuning_on_summaries_of_people_is_federated_sft():
