@@ -87,7 +87,10 @@ def test_selectors_of_one_file_label_for_the_policy_of_the_other(
     assert "labels.json: selectors.u0: selectors that labeled of this run" in capsys.readouterr().err
     Path("runs/summaries_u3/selectors/u0").rename("u0-other")
     Path("u0-before").rename("runs/summaries_u3/selectors/u0")
-    assert main(["evaluate", str(run)]) == 0
+    old_words = [RLHF, *here, *few, "evaluation.num_prompts=2", "--selector", SELECTOR]
+    assert main(["evaluate", *old_words]) == 0
+    assert main(["judge", *old_words, "--protocol", "plain", "--model", str(tiny_model)]) == 0
+    assert len(json.loads((run / "evaluations/judge-plain.json").read_text())["judges"]) == 1
     found = json.loads((run / "evaluation.json").read_text())
     assert found["selectors"] is None
     assert [row["name"] for row in found["policy"]["judges"]] == [

@@ -226,6 +226,7 @@ def judge(
     config: Source,
     /,
     *overrides: Overrides,
+    selector: Selector = None,
     protocol: Annotated[
         str,
         Parameter(
@@ -265,7 +266,7 @@ def judge(
               fedbiscuit judge runs/demo --checkpoints
               fedbiscuit judge runs/demo --on alpaca-eval
     """
-    cfg, _ = settings_of(config, [*overrides, *_judge_overrides(protocol, pairwise, model, endpoint)])
+    cfg, _ = settings_of(config, [*overrides, *_judge_overrides(protocol, pairwise, model, endpoint)], selector)
     from fedbiscuit import pipeline
     from fedbiscuit.terminal import ProgressLines, print_judgements
 
