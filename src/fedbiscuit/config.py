@@ -263,7 +263,7 @@ class FederatedSettings(Section):
     )
     weights: Literal["equal", "examples"] = "equal"
     scale: Literal["cohort", "population"] = Field(
-        "cohort", description="population: absent clients count as no change (the original after warm-up)"
+        "cohort", description="population: after the warm-up, absent clients count as no change, as in the original"
     )
     aggregator: Literal["mean", "norm_clipped_mean", "median", "trimmed_mean", "krum"] = "mean"
     trim: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.2, description="trimmed_mean: share cut at each end")

@@ -34,6 +34,8 @@ class Key:
     convert: Callable[[Any, Old], Any] = lambda value, old: value
     why: str = ""
     """Why it has no effect of its own; empty where it has one, or is read together with another key."""
+    idle: Callable[[Old], str] = lambda old: ""
+    """Why it has none in this file; empty where it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,9 @@ def translate(values: Mapping[str, Any], places: Mapping[KeyPath, str], name: st
     notes = []
     for key, known in KEYS.items():
         target = known.align if job == "align" else known.train
-        if target and old[key] is not None:
+        if idle := known.idle(old):
+            notes += [f"{key}: no effect here: {idle}"] if key in found else []
+        elif target and old[key] is not None:
             ours[target] = known.convert(old[key], old)
             sources[tuple(target.split("."))] = tuple(key.split("."))
         elif key in found and (known.why or known.train):
@@ -139,6 +143,8 @@ def _implied(old: Old) -> Iterator[tuple[str, Any, str]]:
         yield f"{training}.weight_decay", 0.01, "what torch's AdamW takes where a file is silent"
     if kind in ASKED:
         yield "data.prompts", ASKED[kind][0].format(root=old["data.root"]), ASKED[kind][1]
+    if kind == "shp-rlhf":
+        yield "data.prompt_column", "history", "SHP's questions alone; a file of another set is an error"
     if source == "shp":
         yield "data.max_train_tokens", 512, "as there: longer training comparisons are left out"
     if job in ("sft", "dpo"):
@@ -147,6 +153,8 @@ def _implied(old: Old) -> Iterator[tuple[str, Any, str]]:
         yield "generation.chat", False, "the original writes to plain prompts"
     if job != "choice" and source in ("tldr", "tldr_sft"):
         yield "generation.system", SUMMARIZE, "so that the policy knows what to do with a post; in our own words"
+    if job == "align":
+        yield "labels.vote", "majority", "as there, but a tie is decided by the mean; mean is our own default"
     if job == "choice" and old["llm.adapter.count"] > 1:
         yield (
             "selectors.scale",
@@ -347,7 +355,14 @@ KEYS: dict[str, Key] = {
     "federate.share_local_model": Key(bool, False, why="one model always serves all clients"),
     "federate.online_aggr": Key(bool, False, why="sums are always streamed"),
     "data.root": Key(
-        str, "data", "data.path", "data.path", lambda value, old: None if old["source"] == "jsonl" else value
+        str,
+        "data",
+        "data.path",
+        "data.path",
+        lambda value, old: None if old["source"] == "jsonl" else value,
+        idle=lambda old: (
+            "data.prompts says where the prompts are" if _before_at(old["data.type"]) == "shp-safe" else ""
+        ),
     ),
     "data.type": Key(str, None, "data.source", "data.source", lambda value, old: old["source"]),
     "data.splits": Key(list, None, why="these data sets come in parts, which the original keeps too"),
@@ -367,7 +382,13 @@ KEYS: dict[str, Key] = {
     ),
     "llm.adapter.grouping.use": Key(bool, False),
     "llm.adapter.grouping.round": Key(int, 50, "selectors.regroup_every"),
-    "llm.reward_coeff": Key(float, 0.1, f"{LOCAL}.dpo_beta", "alignment.beta"),
+    "llm.reward_coeff": Key(
+        float,
+        0.1,
+        f"{LOCAL}.dpo_beta",
+        "alignment.beta",
+        idle=lambda old: "it is the beta of DPO" if old["job"] in ("choice", "sft") else "",
+    ),
     "llm.grad_accum_step": Key(int, 1, f"{LOCAL}.grad_accum", "alignment.grad_accum"),
     "dataloader.batch_size": Key(int, 64, f"{LOCAL}.batch_size", "alignment.batch_size"),
     "model.type": Key(str, None, "model.base", "model.base", lambda value, old: _before_at(value)),
@@ -394,12 +415,18 @@ KEYS: dict[str, Key] = {
     ),
     "criterion.type": Key(str, "MSELoss", why="each kind of training has its one loss"),
     "trainer.type": Key(str, ""),
-    "trainer.choices": Key(list, None, "data.choice_tokens", convert=lambda value, old: [f" {one}" for one in value]),
+    "trainer.choices": Key(
+        list,
+        None,
+        "data.choice_tokens",
+        convert=lambda value, old: [f" {one}" for one in value],
+        idle=lambda old: "only selectors answer by a letter" if old["job"] in ("sft", "dpo") else "",
+    ),
     "eval.freq": Key(int, 1, "selectors.eval_every", convert=lambda value, old: max(value, 0)),
     "eval.metrics": Key(list, None, why="loss and accuracy are always reported"),
     "eval.best_res_update_round_wise_key": Key(
         str, "val_loss", why="the best round is that of least validation loss, never by test"
     ),
     "eval.count_flops": Key(bool, True, why="benchmarks/ counts operations"),
-    "expname": Key(str, ""),
+    "expname": Key(str, "", idle=lambda old: "federate.save_to names the run" if old["federate.save_to"] else ""),
 }

@@ -56,6 +56,11 @@ def test_selectors_of_one_file_label_for_the_policy_of_the_other_which_is_evalua
     ]
 
     few = "federate.total_round_num 2 llm.max_new_token 6 federate.save_freq -1 generation.temperature 1.0".split()
+    Path("compared").mkdir()
+    Path("compared/batch3.json").write_bytes((summaries / "batch3.json").read_bytes())
+    assert main(["align", RLHF, "data.root", "compared", *here[2:], *few, "--selector", SELECTOR]) == 2
+    assert "put train.jsonl, valid.jsonl and test.jsonl of tldr_3_filtered into" in capsys.readouterr().err
+    assert not Path("runs/policy_summaries_u3").exists()
     assert main(["align", RLHF, *here, *few, "evaluation.num_prompts=2", "--selector", SELECTOR]) == 0
     run = Path("runs/policy_summaries_u3")
     rows = [json.loads(line) for line in (run / "preferences.jsonl").read_text().splitlines()]

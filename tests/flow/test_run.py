@@ -226,6 +226,9 @@ def test_evaluation_compares_group_selectors_with_one_global_one_the_longer_answ
         "the shorter answer",
         "chance",
     ]
+    longer, shorter = (row["accuracy_in_order"] for row in result["selectors"]["rows"][3:5])
+    assert shorter == pytest.approx([1 - share for share in longer])
+    assert longer != shorter
     assert set(result["selectors"]["clients"]) == {f"person-{k}" for k in range(6)}
     judge = result["policy"]["judges"][0]
     assert judge["wins"] + judge["losses"] + judge["ties"] == 4
@@ -407,8 +410,12 @@ def test_a_finished_training_goes_on_with_more_rounds_as_if_it_had_been_longer_f
     plain = ["evaluation.compare_global=false", "selectors.keep_every=0"]
     short = settings(tmp_path, tiny_model, *plain, "selectors.rounds=4", name="grown")
     pipeline.train_selectors(short)
+    pipeline.evaluate(short)
+    evaluated = (tmp_path / "runs/grown/evaluation.json").read_bytes()
     grown = settings(tmp_path, tiny_model, *plain, "selectors.rounds=7", name="grown")
     run = pipeline.train_selectors(grown, resume=True)
+    assert not (run / "evaluation.json").exists(), "it says what the selectors of before were worth"
+    assert (run / "evaluation-round-000004.json").read_bytes() == evaluated
     whole = pipeline.train_selectors(settings(tmp_path, tiny_model, *plain, "selectors.rounds=7", name="whole"))
     for u in range(2):
         file = f"selectors/u{u}/adapter_model.safetensors"

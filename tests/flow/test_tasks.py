@@ -194,6 +194,10 @@ def test_a_run_with_the_selectors_of_another_one_is_evaluated_by_them(finished, 
     rows = [row for row in lines(finished.parents[1] / "world.jsonl") if row["split"] == "test"]
     pairs = f"evaluation.pairs={write_lines(tmp_path / 'test.jsonl', rows)}"
     assert evaluate(run, "agreement", pairs)["rows"] == evaluate(finished, "agreement", pairs)["rows"]
+    world = f"evaluation.pairs={finished.parents[1] / 'world.jsonl'}"
+    found = evaluate(run, "agreement", world)
+    assert found["left_out"]["labelled pairs: the selectors were trained on them"] == 6 * 8
+    assert (found["pairs"], found["trained_elsewhere"]) == (6 * (3 + 4), False)
     found = evaluate(run, "perplexity")
     assert (found["people"], found["policies"][1]["people_under_policy"]) == (0, None)
     assert "the selectors of one, which labeled" in found["policies"][1]["judges"][0]["name"]
@@ -252,6 +256,20 @@ def test_agreement_is_by_adapter_by_client_and_in_both_orders_and_leaves_out_wha
     shown = capsys.readouterr().out
     assert "Accuracy by client" in shown
     assert "mean over 6 clients" in shown
+
+
+def test_agreement_says_where_it_is_not_known_what_the_selectors_were_trained_on(finished, tmp_path, capsys):
+    kept = (finished / "manifest.json").read_text()
+    pairs = write_lines(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "5x", "rejected": "5y"}])
+    told = "it is not known here which of the pairs they were trained on"
+    try:
+        (finished / "manifest.json").write_text(json.dumps(json.loads(kept) | {"real_clients": True}))
+        assert evaluate(finished, "agreement", f"evaluation.pairs={pairs}")["trained_elsewhere"]
+        assert told in " ".join(capsys.readouterr().out.split())
+    finally:
+        (finished / "manifest.json").write_text(kept)
+    evaluate(finished, "agreement", f"evaluation.pairs={pairs}")
+    assert told not in " ".join(capsys.readouterr().out.split())
 
 
 def test_agreement_with_held_out_comparisons_is_that_of_the_general_evaluation(finished, tmp_path):

@@ -187,7 +187,7 @@ def check_replay(town: Town, cfg: Config) -> None:
         assert row["metrics"]["num_replies"] == len(row["cohort"]) - len(row["refused"]) > 0
     again = cfg.model_copy(update={"name": f"{cfg.name}-replay"})
     replay = pipeline.train_selectors(
-        again, connect=lambda session: Replay(InProcessBackend(session.desk, session.clients), rows)
+        again, connect=lambda session, *what: Replay(InProcessBackend(session.desk, session.clients), rows)
     )
     there = adapters(town.folder / "runs" / cfg.name)
     assert "selectors/u0/adapter_model.safetensors" in there

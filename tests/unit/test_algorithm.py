@@ -403,15 +403,15 @@ def test_mistake_03_a_round_changes_no_tensor_of_the_state_that_went_in(
         state = following
 
 
-def test_mistake_04_the_full_average_is_taken_in_both_phases_unless_population_is_asked_for() -> None:
+def test_mistake_04_the_full_average_is_taken_unless_population_is_asked_for_and_in_the_warm_up_even_then() -> None:
     wishes = {f"c{number}": 2.0 for number in range(10)}
-    for warmup in (0, 1):
+    for warmup, of_population in ((0, 0.5), (1, 1.0)):
         cfg = biscuit(cohort_size=5, warmup_rounds=warmup, grouping="fixed", groups=dict.fromkeys(wishes, 0))
         state, _ = fedbiscuit_round(init_state([adapter(), adapter()]), Town(wishes), cfg, seed=0)
         assert value(state) == 1.0
         small = cfg.model_copy(update={"scale": "population"})
         state, _ = fedbiscuit_round(init_state([adapter(), adapter()]), Town(wishes), small, seed=0)
-        assert value(state) == 0.5
+        assert value(state) == of_population
 
 
 def test_mistake_04_a_count_in_another_unit_is_refused() -> None:

@@ -368,6 +368,21 @@ def test_tldr_summaries_are_the_first_posts_that_nobody_compared_and_the_others_
     assert len(dataset.digests) == 3
 
 
+@pytest.mark.parametrize("source", ["tldr", "tldr_sft"])
+def test_posts_whose_only_comparison_is_left_out_are_still_posts_that_people_compared(tmp_path, source):
+    same, empty = summary(2, "w0"), summary(3, "w0")
+    same["summaries"] = [{"text": "same"}, {"text": " same "}]
+    empty["summaries"][0] = {"text": ""}
+    lines(tmp_path / "batch3.json", summary(0, "w0"), summary(1, "w0"), same, empty)
+    lines(tmp_path / "train.jsonl", *(post(i) for i in range(14)))
+    dataset = read(source, tmp_path, drop_empty=True)
+    prompts = {*dataset.prompts, *dataset.held_out_prompts}
+    assert prompts == {f"post {i}" for i in range(10, 14)}  # of ten that nobody compared the last 40%
+    assert {c.prompt for c in everything(dataset)} == {
+        f"post {i}" for i in ((0, 1) if source == "tldr" else range(4, 10))
+    }
+
+
 def test_tldr_summaries_without_the_comparisons_say_that_none_are_left_out(tmp_path):
     lines(tmp_path / "train.jsonl", post(20) | {"summary": " "}, *(post(i) for i in range(19)))
     dataset = read("tldr_sft", tmp_path)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedbiscuit.config import dump_config, load_translated, parse_config
+from fedbiscuit.data.sources import read_prompts
 from fedbiscuit.original import DATA, KEYS
-from fedbiscuit.types import ConfigError
+from fedbiscuit.types import ConfigError, DataError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SELECTOR, RLHF = EXAMPLES / "original_selector.yaml", EXAMPLES / "original_rlhf.yaml"
@@ -73,9 +74,34 @@ def test_every_key_without_effect_is_told_once():
     _, notes = load_translated(SELECTOR)
     idle = [
         "federate.mode", "federate.share_local_model", "federate.online_aggr", "data.splits", "llm.chat.max_len",
-        "train.batch_or_epoch", "criterion.type", "eval.metrics", "eval.best_res_update_round_wise_key", "eval.count_flops",
+        "train.batch_or_epoch", "criterion.type", "eval.metrics", "eval.best_res_update_round_wise_key", "eval.count_flops", "expname",
     ]  # fmt: skip
     assert [note.split(":")[0] for note in notes if "no effect" in note] == idle
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "told"),
+    [
+        ("reddit-tldr-best", "llm: {reward_coeff: 0.5, ", "llm.reward_coeff: no effect here: it is the beta of DPO"),
+        ("reddit-tldr-best", "trainer: {choices: [C, D]}\nllm: {", "trainer.choices: no effect here: only selectors answer by a letter"),
+        ("shp-safe", "llm: {", "data.root: no effect here: data.prompts says where the prompts are"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_idle_in_this_kind_of_file_is_told_and_changes_nothing(tmp_path, kind, key, told):
+    path = tmp_path / "old.yaml"
+    text = MINIMAL.replace("reddit-tldr-comparison-choice", kind).replace("data: {", "data: {root: mine, ")
+    path.write_text(text.replace("llm: {", key))
+    cfg, notes = load_translated(path)
+    assert told in notes
+    path.write_text(text)
+    assert load_translated(path)[0] == cfg
+    assert (cfg.selectors.local.dpo_beta, cfg.data.choice_tokens) == (0.1, (" A", " B"))
+
+
+def test_several_selectors_label_by_majority_as_there():
+    cfg, notes = load_translated(RLHF)
+    assert cfg.labels.vote == "majority"
+    assert any(note.startswith("labels.vote: 'majority'") for note in notes)
 
 
 def test_what_a_translation_prints_is_a_config_of_ours():
@@ -115,6 +141,22 @@ def test_alignments_on_shp_read_prompts_alone_from_where_the_original_took_them(
     assert (cfg.data.source, cfg.data.path, cfg.data.prompts) == ("jsonl", (), prompts)
     assert (cfg.data.template, cfg.generation.system) == ("shp", "")
     assert parse_config(text, ["data.prompts=other"]).data.prompts == "other"
+
+
+def test_posts_of_tldr_in_the_folder_of_shp_do_not_become_its_prompts(tmp_path):
+    (tmp_path / "shp").mkdir()
+    (tmp_path / "shp" / "validation.json").write_text('{"history": "a question"}\n')
+    (tmp_path / "shp" / "test.json").write_text('{"history": "another question"}\n')
+    text = MINIMAL.replace("reddit-tldr-comparison-choice", "shp-rlhf").replace(
+        "data: {", f"data: {{root: {tmp_path}, "
+    )
+    settings = parse_config(text).data
+    assert sorted(read_prompts(settings)[0]) == ["a question", "another question"]
+    (tmp_path / "tldr_3_filtered").mkdir()
+    (tmp_path / "tldr_3_filtered" / "test.jsonl").write_text('{"post": "a post", "title": "t", "summary": "s"}\n')
+    with pytest.raises(DataError, match=r"tldr_3_filtered/test\.jsonl:1: no column 'history' \(data\.prompt_column\)"):
+        read_prompts(settings)
+    assert parse_config(text, ["data.prompts=other", "data.prompt_column="]).data.prompt_column == ""
 
 
 def test_fine_tuning_on_summaries_of_people_is_federated_sft():
@@ -217,11 +259,20 @@ def test_every_key_of_the_table_is_in_the_docs():
     assert [key for key in KEYS if f"`{key}`" not in page] == []
 
 
+def written_out(cell: str) -> list[str]:
+    """``a.b / .c / d`` -> a.b, a.c, a.d; ``a.b_one / _two`` with two words at the end -> a.b_two."""
+    first, *others = cell.split(" / ")
+    section = first.rpartition(".")[0]
+    stem = "_".join(first.split("_")[:-2])
+    return [first, *(stem + one if one[0] == "_" else f"{section}.{one.lstrip('.')}" for one in others)]
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="SKIPPED: needs ../shared, which is not part of this project")
 def test_the_published_keys_and_files_are_all_known():
-    rows = re.findall(r"^\| ([a-z_.]+) \|", (SHARED / "ORIGINAL_KEYS.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert [
-        row for row in rows if row not in ("key", "original") and not any(key.startswith(row) for key in KEYS)
-    ] == []
+    text = (SHARED / "ORIGINAL_KEYS.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| ([a-z_.]+(?: / [a-z_.]+)*) \|", text, re.MULTILINE)
+    published = {key for cell in cells if cell not in ("key", "original") for key in written_out(cell)}
+    assert {"use_gpu", "llm.adapter.grouping.round", "train.optimizer.betas", "expname"} <= published
+    assert published - KEYS.keys() == set()
     for path in sorted((SHARED / "original_configs").glob("*.yaml")):
         load_translated(path)

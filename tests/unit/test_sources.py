@@ -181,6 +181,18 @@ def test_tldr_prompts_are_the_last_posts_that_are_in_no_comparison_when_they_are
     write(tmp_path / "tldr_3_filtered" / "train.jsonl", *rows)
     dataset = tldr(tmp_path)
     assert sorted(dataset.prompts + dataset.held_out_prompts) == [f"post {i}" for i in range(16, 20)]
+    assert not dataset.no_others
+
+
+def test_tldr_without_other_posts_says_that_the_prompts_are_the_compared_ones_unless_prompts_are_named(tmp_path):
+    write(tmp_path / "tldr" / "batch3.json", *(summaries(i) for i in range(10)))
+    dataset = tldr(tmp_path / "tldr")
+    assert dataset.no_others in dataset.warnings
+    assert "train.jsonl, valid.jsonl and test.jsonl of tldr_3_filtered" in dataset.no_others
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    dataset = tldr(tmp_path / "tldr", prompts=str(tmp_path / "prompts.txt"))
+    assert not dataset.no_others
+    assert not any("tldr_3_filtered" in message for message in dataset.warnings)
 
 
 @pytest.mark.parametrize(

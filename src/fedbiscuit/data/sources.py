@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Si
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedbiscuit.config import DataSettings
 from fedbiscuit.data.comparisons import ReadReport, read_comparisons
@@ -42,7 +42,8 @@ class Dataset:
 
     ``prompts`` are for training the policy, ``held_out_prompts`` for evaluating it. ``left_out`` counts by reason, with
     the unit in the reason. ``digests`` is sha256 by file. ``fields`` has what a template may show of a prompt beside its text,
-    by prompt. ``truth`` is known for the demo only.
+    by prompt. ``truth`` is known for the demo only. ``no_others`` says why the prompts are those of the comparisons where they
+    should be others; empty where all is as it should be.
     """
 
     clients: dict[ClientId, ClientData]
@@ -53,6 +54,7 @@ class Dataset:
     digests: dict[str, str] = field(default_factory=dict)
     fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     truth: Truth | None = None
+    no_others: str = ""
 
 
 def load(settings: DataSettings, seed: int) -> Dataset:
@@ -128,13 +130,23 @@ def _published(settings: DataSettings, seed: int) -> Dataset:
 
 def _tldr(settings: DataSettings, seed: int) -> Dataset:
     """Comparisons of OpenAI's summarize-from-feedback: batches 3 to 20 and 22. Posts that nobody compared are prompts."""
-    comparisons, report = _read_published(settings)
+    compared: set[str] = set()
+    comparisons, report = _read_published(settings, compared)
     dataset = _shared_out(comparisons, report, settings, seed)
-    posts, digests = _filtered_posts(settings, {comparison.prompt for comparison in comparisons})
+    posts, digests = _filtered_posts(settings, compared)
     later = dict(islice(posts.items(), _first_unlabeled(posts), None))
     fields = {post: {key: known[key] for key in TLDR_FIELDS} for post, known in later.items()}
     dataset = replace(dataset, digests=dataset.digests | digests, fields={**dataset.fields, **fields})
-    return _with_prompts(dataset, later, seed) if later else dataset
+    if later:
+        return _with_prompts(dataset, later, seed)
+    if settings.prompts:
+        return dataset
+    told = (
+        f"data.path: {', '.join(settings.path)}: no post that is in no comparison, so the prompts are the compared posts, on "
+        "which selectors are trained; put train.jsonl, valid.jsonl and test.jsonl of tldr_3_filtered into a folder with the "
+        "batches"
+    )
+    return replace(dataset, warnings=[*dataset.warnings, told], no_others=told)
 
 
 def _tldr_sft(settings: DataSettings, seed: int) -> Dataset:
@@ -146,14 +158,14 @@ def _tldr_sft(settings: DataSettings, seed: int) -> Dataset:
     if len(settings.path) != 1 or settings.path[0].startswith(HUB):
         raise ConfigError(f"data.path: tldr_sft wants one folder, with {wants}")
     there = [part.name for part in parts_of(settings.path[0], "data.path", wants)]
-    report, compared = ReadReport({}, 0), set()
+    report = ReadReport({}, 0)
+    compared: set[str] = set()
     if BATCHES.isdisjoint(there):
         report.warnings.append(
             f"{settings.path[0]}: no comparisons there, so posts that people compared are not left out"
         )
     else:
-        comparisons, report = _read_published(settings.model_copy(update={"source": "tldr"}))
-        compared = {comparison.prompt for comparison in comparisons}
+        _, report = _read_published(settings.model_copy(update={"source": "tldr"}), compared)
     posts, digests = _filtered_posts(settings, compared)
     if not posts:
         raise DataError(f"{settings.path[0]}: no post that is in no comparison; put there {wants}")
@@ -173,8 +185,11 @@ def _tldr_sft(settings: DataSettings, seed: int) -> Dataset:
 # Helpers
 
 
-def _read_published(settings: DataSettings) -> tuple[list[Comparison], ReadReport]:
-    """The comparisons of a data set of ``FORMATS``, all its parts together."""
+def _read_published(settings: DataSettings, compared: set[str] | None = None) -> tuple[list[Comparison], ReadReport]:
+    """The comparisons of a data set of ``FORMATS``, all its parts together.
+
+    ``compared`` gets the posts of TL;DR's records, also of those that are left out: people saw them all the same.
+    """
     form = FORMATS[settings.source]
     if not settings.path:
         raise ConfigError(
@@ -184,11 +199,18 @@ def _read_published(settings: DataSettings) -> tuple[list[Comparison], ReadRepor
     for reference in settings.path:
         splits = form.splits if reference.startswith(HUB) and form.splits else form.parts
         parts |= {part.path: part for part in parts_of(reference, "data.path", form.wants, splits)}
+
+    def convert(record: Mapping[str, Any], path: str) -> Comparison:
+        info = record.get("info")
+        if compared is not None and isinstance(info, dict) and isinstance(info.get("post"), str):
+            compared.add(info["post"])
+        return form.convert(record, parts[path], settings.columns)
+
     comparisons, report = read_comparisons(
         parts,
         drop_empty=settings.drop_empty,
         strict=settings.strict,
-        convert=lambda record, path: form.convert(record, parts[path], settings.columns),
+        convert=convert,
         separate_splits=False,
         read=iter_records,
     )

@@ -72,7 +72,7 @@ class Pool:
         """One delta from all.
 
         ``num_clients`` counts all clients, also those not in this round: ``scale: population`` divides by it, so absent
-        clients count as no change.
+        clients count as no change. In the warm-up only those who are there count.
         """
         cfg = self._cfg
         scale = len(self) / num_clients if cfg.scale == "population" else 1.0

@@ -231,7 +231,7 @@ def _next_state(
     for u, pool in pools.items():
         if len(pool) < least_replies(cfg):  # a small group waits for a round in which its rule can work
             continue
-        delta = pool.delta(num_clients, clip_norm)
+        delta = pool.delta(num_clients if phase_of(state.round, cfg) == "federated" else len(pool), clip_norm)
         adapters[u], moments = server_step(u, adapters[u], delta, moments, cfg)
         lengths[u] = delta_norm(delta)
     used = cfg.local.as_local().comparisons_per_round

@@ -105,7 +105,10 @@ def _evaluate_choices(session: Session, checkpoints: bool) -> dict[str, Any] | N
         rows.append(summarize(UNTRAINED, untrained, key, resamples))
     longer = {client: longer_answer(held) for client, held in test.items()}
     rows.append(summarize("the longer answer", longer, key, resamples))
-    shorter = {client: replace(one, probability=1 - one.probability) for client, one in longer.items()}
+    shorter = {
+        client: replace(one, probability=1 - one.probability, in_order=1 - one.in_order)
+        for client, one in longer.items()
+    }
     rows.append(summarize("the shorter answer", shorter, key, resamples))
     new = _judge_new_clients(session, adapters) if session.new_clients and not own_only else {}
     rows += [summarize(name, judged, key, resamples) for name, judged in new.items()]

@@ -20,7 +20,17 @@ from fedbiscuit.pipeline.session import Session, silent
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.types import Comparison, ConfigError, Weights
 
-__all__ = ["Gold", "Judge", "check_judges", "judges_of", "labeler", "labeling_selector", "said", "verdicts"]
+__all__ = [
+    "Gold",
+    "Judge",
+    "check_judges",
+    "judges_of",
+    "labeler",
+    "labeling_selector",
+    "labeling_session",
+    "said",
+    "verdicts",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,12 @@ def labeler(session: Session) -> Judge:
     return Judge(
         f"the vote of the selectors of {run.path.name}, which labeled", selector, adapters, labels, False, True
     )
+
+
+def labeling_session(session: Session) -> Session:
+    """The run that trained who labels: this one, or the one that ``labels.selectors`` names."""
+    other = session.cfg.labels.selectors
+    return _other_session(session, other, "labels.selectors") if other else session
 
 
 def judges_of(session: Session) -> list[Judge | Gold]:
@@ -188,13 +204,20 @@ def _selector(session: Session, cfg: Config) -> Selector:
     return Selector.of(lm, load_template(data.template), data.choice_tokens, data.max_tokens, kind=kind)
 
 
+def _other_session(session: Session, path: str, key: str) -> Session:
+    """Another run, to look at, with its data, which must be what it was trained on."""
+    cfg = _settings(session, path, key)
+    other = Session(cfg, RunDir.view(path), load(cfg.data, cfg.seed), silent, models=session.models)
+    other.run.check_same("manifest.json", {"data": other.dataset.digests}, "data files")
+    return other
+
+
 def _judge_from(session: Session, path: str) -> Judge | Gold:
     if _is_model(path):
         model = load_reward_model(path, session.cfg.model)
         return Gold(f"the reward model {model.name}", model)
-    cfg = _settings(session, path, "evaluation.judges")
-    judging = Session(cfg, RunDir.view(path), load(cfg.data, cfg.seed), silent, models=session.models)
-    judging.run.check_same("manifest.json", {"data": judging.dataset.digests}, "data files")
+    judging = _other_session(session, path, "evaluation.judges")
+    cfg = judging.cfg
     both = judging.clients.keys() & session.clients.keys()
     if cfg.data.source == session.cfg.data.source == "demo" and cfg.seed != session.cfg.seed:
         both = set()  # the worlds of two seeds call different people by the same names

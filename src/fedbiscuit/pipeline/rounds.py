@@ -48,6 +48,10 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
             state = _unpacked_state(found[1], found[2])
         run.keep_lines(metrics, state.round)
         history = run.read_lines(metrics)
+        if name == "selectors" and state.round < settings.rounds and not _gave_up(history, settings.patience):
+            run.set_aside(
+                "evaluation.json", f"evaluation-round-{state.round:06d}.json"
+            )  # of these selectors, not of those to come
         while state.round < settings.rounds and not _gave_up(history, settings.patience):
             state, record = fedbiscuit_round(state, backend, settings, seed)
             row = _row(record)

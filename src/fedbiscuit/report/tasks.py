@@ -97,6 +97,11 @@ def _agreement_notes(result: Mapping[str, Any]) -> list[str]:
         for way in ("subset", "client")
         if len(result["rows"][0].get(way, {}).get("parts", ())) > MAX_PARTS
     ]
+    if result.get("trained_elsewhere"):
+        many.append(
+            "Clients on machines of their own trained these selectors, so it is not known here which of the pairs they were "
+            "trained on."
+        )
     return ["Accuracy takes both orders together; the two columns after it show each order alone.", *many]
 
 

@@ -298,6 +298,13 @@ class RunDir:
         for folder in sorted(self._inside(name).glob(pattern)):
             remove_folder(folder)
 
+    def set_aside(self, name: str, new: str) -> None:
+        """Give a file another name, where it is there: what it says holds no more, and is not thrown away."""
+        if self._inside(name).is_file():
+            with disk_faults(self.path):
+                self._target(name).replace(self._target(new))
+                sync_folder(self.path)
+
     # How
 
     def _say(self, text: str, level: int) -> None:

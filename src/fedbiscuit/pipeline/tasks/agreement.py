@@ -13,6 +13,7 @@ from fedbiscuit.evaluation.metrics import longer_answer
 from fedbiscuit.evaluation.selectors import judge_by_group, judge_by_vote, score_clients
 from fedbiscuit.models.selector import Selector
 from fedbiscuit.pipeline.answers import kept
+from fedbiscuit.pipeline.judges import labeling_session
 from fedbiscuit.pipeline.session import Session
 from fedbiscuit.pipeline.tasks.asked import Asked, chooser
 from fedbiscuit.types import Comparison, ConfigError, DataError, Weights
@@ -23,7 +24,7 @@ __all__ = ["agreement_with_pairs"]
 def agreement_with_pairs(session: Session, asked: Asked) -> dict[str, Any]:
     """By rule (each adapter, their vote, the longer answer): over all pairs, by subset and by client, in both orders.
 
-    Pairs that the selectors were trained on are left out and counted.
+    Pairs that the selectors were trained on are left out and counted; ``trained_elsewhere``: on what is not known here.
     """
     cfg, path = session.cfg, session.run.path
     if not cfg.evaluation.pairs:
@@ -55,7 +56,8 @@ def agreement_with_pairs(session: Session, asked: Asked) -> dict[str, Any]:
     )
     for reason, count in report.left_out.items():
         _note(session, f"labelled pairs: {reason}", count)
-    pairs = _fitting(session, judge.selector, _unseen(session, comparisons))
+    trained = labeling_session(session)
+    pairs = _fitting(session, judge.selector, _unseen(session, trained, comparisons))
     by = {"subset": parts_of([c.domain for c in pairs]), "client": parts_of([c.client for c in pairs])}
     key, resamples = (cfg.seed, "agreement"), cfg.evaluation.bootstrap
     rows = []
@@ -77,14 +79,16 @@ def agreement_with_pairs(session: Session, asked: Asked) -> dict[str, Any]:
             told = f"{name}, {version}" if version else name
             rows.append({"round": number, **agreement(told, one, by, key, resamples)})
     rows.append({"round": None, **agreement("the longer answer", longer_answer(pairs), by, key, resamples)})
-    return {"files": report.files, "pairs": len(pairs), "rows": rows}
+    elsewhere = bool((trained.run.read_json("manifest.json") or {}).get("real_clients"))
+    return {"files": report.files, "pairs": len(pairs), "trained_elsewhere": elsewhere, "rows": rows}
 
 
-def _unseen(session: Session, comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Without those that were trained on: by the same client where it is named, else by anybody."""
-    if not session.trains:
-        return list(comparisons)
-    own = {(client, pair_of(c)) for client, data in session.clients.items() for c in data.train}
+def _unseen(session: Session, trained: Session, comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Without those that were trained on: by the same client where it is named, else by anybody.
+
+    ``trained``: the run that trained the selectors.
+    """
+    own = {(client, pair_of(c)) for client, data in trained.clients.items() for c in data.train}
     anybody = {pair for _, pair in own}
     unseen = [
         c for c in comparisons if (pair_of(c) not in anybody if c.client is None else (c.client, pair_of(c)) not in own)
