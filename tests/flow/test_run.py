@@ -616,9 +616,7 @@ def test_runs_side_by_side_are_tables_and_figures_and_the_same_bytes_each_time(t
         if name == "bis-1":
             capsys.readouterr()
             assert main(["compare", *folders]) == 2
-            assert "bis-0: has no evaluated selectors; run `fedbiscuit evaluate" in capsys.readouterr().err.replace(
-                "\n", " "
-            )
+            assert "bis-0: is not evaluated; run `fedbiscuit evaluate" in capsys.readouterr().err.replace("\n", " ")
     for folder in folders:
         assert main(["evaluate", folder]) == 0
     capsys.readouterr()
