@@ -260,6 +260,19 @@ def test_a_server_that_measures_with_few_of_its_clients_goes_on_to_the_policy_wh
     assert (run / "policy").is_dir()
 
 
+def a_site_that_looks_back(folder):
+    """Answers for everybody in ``world.jsonl``, and writes what it sees beside it."""
+    site = Site((str(folder / "world.jsonl"),), "cpu", 1, held_out=20)
+    worker = Worker(site.open_run, Rules(), folder / "ledger.jsonl")
+
+    def answer(data: bytes) -> bytes:
+        answered = worker.answer(data)
+        worker.look_back()
+        return answered
+
+    return answer
+
+
 def test_a_site_sees_for_itself_how_each_selector_that_comes_agrees_with_its_people_and_nothing_else_changes(
     tmp_path, tiny_model
 ):
@@ -268,15 +281,7 @@ def test_a_site_sees_for_itself_how_each_selector_that_comes_agrees_with_its_peo
     changes += ("selectors.eval_every=1", "selectors.comm_dtype=bfloat16")
     here = pipeline.train_selectors(settings(tmp_path, tiny_model, *changes, name="here"))
     cfg = settings(tmp_path, tiny_model, *changes, name="there")
-    site = Site((str(tmp_path / "world.jsonl"),), "cpu", 1, held_out=20)
-    worker = Worker(site.open_run, Rules(), tmp_path / "ledger.jsonl")
-
-    def answer(data: bytes) -> bytes:
-        answered = worker.answer(data)
-        worker.look_back()
-        return answered
-
-    there = pipeline.train_selectors(cfg, connect=over(DictGrid({1: answer})))
+    there = pipeline.train_selectors(cfg, connect=over(DictGrid({1: a_site_that_looks_back(tmp_path)})))
     assert without_traffic(here) == without_traffic(there)
     known = {row["round"] + 1: row["metrics"]["validation"]["clients"] for row in lines(here / "metrics.jsonl")}
     seen = list(read_learned(tmp_path / "learned.jsonl"))
@@ -297,15 +302,7 @@ def test_the_one_selector_for_all_has_the_bits_of_the_one_in_process_and_is_nobo
     changes = ("evaluation.compare_global=true", "selectors.grouping_comparisons=6")
     here = pipeline.train_selectors(settings(tmp_path, tiny_model, *changes, name="here"))
     cfg = settings(tmp_path, tiny_model, *changes, name="there")
-    site = Site((str(tmp_path / "world.jsonl"),), "cpu", 1, held_out=20)
-    worker = Worker(site.open_run, Rules(), tmp_path / "ledger.jsonl")
-
-    def answer(data: bytes) -> bytes:
-        answered = worker.answer(data)
-        worker.look_back()
-        return answered
-
-    there = pipeline.train_selectors(cfg, connect=over(DictGrid({1: answer})))
+    there = pipeline.train_selectors(cfg, connect=over(DictGrid({1: a_site_that_looks_back(tmp_path)})))
     for file in ("metrics.jsonl", "global_metrics.jsonl"):
         rows = [[{**row, "bytes_up": 0, "bytes_down": 0} for row in lines(run / file)] for run in (here, there)]
         assert rows[0] == rows[1]

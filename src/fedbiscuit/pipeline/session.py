@@ -252,9 +252,7 @@ def open_session(
     for settings in (cfg.model, cfg.policy_model or cfg.model):
         check_quantize(settings)
     dataset = load(cfg.data, cfg.seed)
-    if (
-        cfg.labels.selectors and dataset.no_others
-    ):  # who takes trained selectors wants prompts that they were not trained on
+    if cfg.labels.selectors and dataset.no_others:  # trained selectors should see prompts that are new to them
         raise DataError(dataset.no_others)
     for warning in dataset.warnings:
         log.warning("%s", warning)
