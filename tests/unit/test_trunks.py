@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedbiscuit.data.encoding import load_template
+from fedbiscuit.models.policy import encode_pair, implicit_margins, pair_dpo_loss, pair_sft_loss, reference_log_probs
 from fedbiscuit.models.selector import Selector, letter_margins, selector_loss
 from fedbiscuit.types import Comparison
 
@@ -29,11 +30,15 @@ def selector(lm, trunk_bytes):
 
 
 def loss_and_gradients(of, encoded):
-    of.lm.model.train()
-    of.lm.model.zero_grad()
-    loss = selector_loss(of, encoded)
+    return with_gradients(of.lm, lambda: selector_loss(of, encoded))
+
+
+def with_gradients(lm, loss_of):
+    lm.model.train()
+    lm.model.zero_grad()
+    loss = loss_of()
     loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in of.lm.trainable().values())]
+    return [loss.detach(), *(p.grad.clone() for p in lm.trainable().values())]
 
 
 def test_loss_and_gradients_equal_those_without_trunks(lm):
@@ -65,6 +70,24 @@ def test_scoring_keeps_trunks_only_when_comparisons_will_be_read_again(lm):
     again = letter_margins(keeper, adapters, encoded, keep=True)
     assert keeper.trunks.num_computed == 6
     torch.testing.assert_close(once, again, atol=1e-5, rtol=0)
+
+
+def test_what_a_policy_learns_equals_what_it_learns_without_trunks(lm):
+    kept = selector(lm, 10**9).trunks
+    pairs = [encode_pair(lm, lm.encode(one.prompt), one.chosen, one.rejected) for one in COMPARISONS]
+    reference = reference_log_probs(lm, pairs)
+    torch.testing.assert_close(reference_log_probs(lm, pairs, trunks=kept), reference, atol=1e-4, rtol=1e-5)
+    losses = [
+        lambda trunks: pair_dpo_loss(lm, pairs, reference, 0.1, trunks=trunks)[0],
+        lambda trunks: pair_sft_loss(lm, pairs, trunks),
+    ]
+    for loss in losses:
+        ours, theirs = (with_gradients(lm, lambda trunks=trunks: loss(trunks)) for trunks in (kept, None))  # noqa: B023
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    margins = implicit_margins(lm, pairs, 0.1)
+    torch.testing.assert_close(implicit_margins(lm, pairs, 0.1, kept), margins, atol=1e-4, rtol=1e-5)
+    assert kept.num_computed == 6 + 4, "each pair once, and four different good answers with their prompt"
 
 
 def test_a_model_with_adapters_in_all_layers_keeps_nothing(load_tiny):

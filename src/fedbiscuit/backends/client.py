@@ -119,13 +119,13 @@ def _objective(batch: Sequence[Comparison], desk: Desk, how: LocalTraining) -> T
                 f"{len(left_out)} comparisons are longer than max_tokens; leave them out before training"
             )
         return selector_loss(desk.selector, encoded)
-    lm = desk.selector.lm
+    lm, trunks = desk.selector.lm, desk.selector.trunks
     pairs = [policy_pair(one.prompt, one.chosen, one.rejected, desk) for one in batch]
     if how.objective == "sft":
-        return pair_sft_loss(lm, pairs)
-    reference = reference_log_probs(lm, pairs)
+        return pair_sft_loss(lm, pairs, trunks)
+    reference = reference_log_probs(lm, pairs, trunks=trunks)
     lm.model.train()
-    return pair_dpo_loss(lm, pairs, reference, how.dpo_beta)[0]
+    return pair_dpo_loss(lm, pairs, reference, how.dpo_beta, trunks=trunks)[0]
 
 
 def policy_pair(prompt: str, first: str, second: str, desk: Desk) -> Pair:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedbiscuit.models.lm import LM
 from fedbiscuit.models.losses import dpo_loss, sft_loss
+from fedbiscuit.models.trunks import Trunks
 
 __all__ = [
     "Pair",
@@ -47,17 +48,27 @@ def encode_pair(lm: LM, prompt: tuple[int, ...], chosen: str, rejected: str) -> 
     return Pair(prompt, (*lm.encode(chosen), lm.end), (*lm.encode(rejected), lm.end))
 
 
-def response_log_probs(lm: LM, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+def response_log_probs(
+    lm: LM,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    trunks: Trunks | None = None,
+    together: int = 1,
+) -> Tensor:
     """(n,) log-probabilities in nats, summed over response tokens; differentiable.
 
     Prompts and responses that share prefixes share their computation. Vocabulary-wide logits are made for response tokens
-    only, ``CHUNK`` at a time, and made again in the backward pass instead of being kept.
+    only, ``CHUNK`` at a time, and made again in the backward pass instead of being kept. In ``trunks`` each ``together``
+    neighbours are one group.
     """
-    forest = lm.pack([(*prompt, *response) for prompt, response in zip(prompts, responses, strict=True)])
+    sequences = [(*prompt, *response) for prompt, response in zip(prompts, responses, strict=True)]
+    forest = lm.pack(sequences)
+    groups = [tuple(sequences[i : i + together]) for i in range(0, len(sequences), together)]
+    trunk = trunks.of(forest, groups) if trunks else None
     places = np.concatenate([path[len(prompt) - 1 : -1] for path, prompt in zip(forest.paths, prompts, strict=True)])
     owner = torch.from_numpy(np.repeat(np.arange(len(responses)), [len(r) for r in responses])).to(lm.device)
     targets = torch.tensor([token for response in responses for token in response], device=lm.device)
-    states = lm.hidden_at(forest, torch.from_numpy(places).to(lm.device))
+    states = lm.hidden_at(forest, torch.from_numpy(places).to(lm.device), trunk)
     parts = []
     for start in range(0, len(targets), CHUNK):
         span = slice(start, start + CHUNK)
@@ -71,18 +82,18 @@ def _token_log_probs(lm: LM, states: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets[:, None])[:, 0] - torch.logsumexp(logits, -1)
 
 
-def pair_log_probs(lm: LM, pairs: Sequence[Pair]) -> Tensor:
+def pair_log_probs(lm: LM, pairs: Sequence[Pair], trunks: Trunks | None = None) -> Tensor:
     """(n, 2) log-probabilities of (chosen, rejected)."""
     prompts = [pair.prompt for pair in pairs for _ in range(2)]
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    return response_log_probs(lm, prompts, responses).view(-1, 2)
+    return response_log_probs(lm, prompts, responses, trunks, together=2).view(-1, 2)
 
 
 def pair_dpo_loss(
-    lm: LM, pairs: Sequence[Pair], reference: Tensor, beta: float, soft: bool = False
+    lm: LM, pairs: Sequence[Pair], reference: Tensor, beta: float, soft: bool = False, trunks: Trunks | None = None
 ) -> tuple[Tensor, dict[str, float]]:
     """DPO on a batch; reference: (n, 2) log-probabilities with the adapter off. Also what to report of it."""
-    policy = pair_log_probs(lm, pairs)
+    policy = pair_log_probs(lm, pairs, trunks)
     probability = torch.tensor([pair.probability for pair in pairs], device=policy.device) if soft else None
     loss, margins = dpo_loss(policy, reference.to(policy.device), beta, probability)
     report = {
@@ -94,31 +105,32 @@ def pair_dpo_loss(
     return loss, report
 
 
-def pair_sft_loss(lm: LM, pairs: Sequence[Pair]) -> Tensor:
+def pair_sft_loss(lm: LM, pairs: Sequence[Pair], trunks: Trunks | None = None) -> Tensor:
     """Supervised fine-tuning on the preferred responses."""
-    log_probs = response_log_probs(lm, [p.prompt for p in pairs], [p.chosen for p in pairs])
+    log_probs = response_log_probs(lm, [p.prompt for p in pairs], [p.chosen for p in pairs], trunks)
     return sft_loss(log_probs, torch.tensor([len(p.chosen) for p in pairs], device=log_probs.device))
 
 
 @torch.no_grad()
-def reference_log_probs(lm: LM, pairs: Sequence[Pair], batch_size: int = 8) -> Tensor:
+def reference_log_probs(lm: LM, pairs: Sequence[Pair], batch_size: int = 8, trunks: Trunks | None = None) -> Tensor:
     """(n, 2) log-probabilities of (chosen, rejected) with the adapter off, on the CPU."""
     lm.model.eval()
     with lm.adapter_off():
-        parts = [pair_log_probs(lm, pairs[i : i + batch_size]).cpu() for i in range(0, len(pairs), batch_size)]
+        parts = [pair_log_probs(lm, pairs[i : i + batch_size], trunks).cpu() for i in range(0, len(pairs), batch_size)]
     return torch.cat(parts) if parts else torch.empty(0, 2)
 
 
 @torch.no_grad()
-def implicit_margins(lm: LM, pairs: Sequence[Pair], beta: float) -> Tensor:
+def implicit_margins(lm: LM, pairs: Sequence[Pair], beta: float, trunks: Trunks | None = None) -> Tensor:
     """(n,) by how much the policy in the slot rewards ``chosen`` more than ``rejected``, as a logit, on the CPU.
 
     The reward that a policy implies of itself is beta * log(policy / reference) (Rafailov et al. 2023, section 4); the
     reference is the same model without its adapter.
     """
-    prompts = [pair.prompt for pair in pairs for _ in range(2)]
-    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    rewards = beta * log_ratios(lm, prompts, responses).view(-1, 2)
+    lm.model.eval()
+    policy = pair_log_probs(lm, pairs, trunks)
+    with lm.adapter_off():
+        rewards = beta * (policy - pair_log_probs(lm, pairs, trunks))
     return (rewards[:, 0] - rewards[:, 1]).cpu()
 
 

@@ -85,7 +85,7 @@ class Selector:
     def logits(self, encoded: Sequence[EncodedComparison]) -> Tensor:
         """(n, 2 orders, 2 letters) logits with the adapter in the slot; differentiable."""
         forest = self._pack(encoded)
-        return self._letters(forest, self.trunks.of(forest, encoded) if self.trunks else None)
+        return self._letters(forest, self._trunk(forest, encoded))
 
     def logits_of_each(
         self, adapters: Sequence[Weights], encoded: Sequence[EncodedComparison], keep: bool
@@ -93,7 +93,7 @@ class Selector:
         """The same under each adapter in turn; what lies below all adapters is computed once, and with ``keep`` kept."""
         forest = self._pack(encoded)
         if keep and self.trunks:
-            trunk: Tensor | None = self.trunks.of(forest, encoded)
+            trunk = self._trunk(forest, encoded)
         else:
             trunk = self.lm.trunk(forest) if len(adapters) > 1 else None
         for weights in adapters:
@@ -102,6 +102,9 @@ class Selector:
 
     def _pack(self, encoded: Sequence[EncodedComparison]) -> Forest:
         return self.lm.pack([ids for item in encoded for ids in (item.ab, item.ba)])
+
+    def _trunk(self, forest: Forest, encoded: Sequence[EncodedComparison]) -> Tensor | None:
+        return self.trunks.of(forest, [(item.ab, item.ba) for item in encoded]) if self.trunks else None
 
     def _letters(self, forest: Forest, trunk: Tensor | None) -> Tensor:
         hidden = self.lm.hidden_at(forest, forest.last, trunk)

@@ -45,7 +45,7 @@ def scores_of(
 
     def margins(batch: Sequence[Comparison]) -> Tensor:
         pairs = [policy_pair(one.prompt, one.output_a, one.output_b, session.desk) for one in batch]
-        return implicit_margins(lm, pairs, cfg.selectors.local.dpo_beta)
+        return implicit_margins(lm, pairs, cfg.selectors.local.dpo_beta, session.selector.trunks)
 
     return score_by_policy(margins, comparisons, cfg.evaluation.batch_size, progress)
 
@@ -60,5 +60,5 @@ def imitation_loss(session: Session, adapter: Weights, comparisons: Sequence[Com
     nats = tokens = 0.0
     for batch in (pairs[start : start + size] for start in range(0, len(pairs), size)):
         written = sum(len(pair.chosen) for pair in batch)
-        nats, tokens = nats + float(pair_sft_loss(lm, batch)) * written, tokens + written
+        nats, tokens = nats + float(pair_sft_loss(lm, batch, session.selector.trunks)) * written, tokens + written
     return nats / tokens
