@@ -92,10 +92,9 @@ class Selector:
     ) -> Iterator[Tensor]:
         """The same under each adapter in turn; what lies below all adapters is computed once, and with ``keep`` kept."""
         forest = self._pack(encoded)
-        if keep and self.trunks:
-            trunk = self._trunk(forest, encoded)
-        else:
-            trunk = self.lm.trunk(forest) if len(adapters) > 1 else None
+        trunk = self._trunk(forest, encoded) if keep else None
+        if trunk is None and len(adapters) > 1:
+            trunk = self.lm.trunk(forest)
         for weights in adapters:
             self.lm.put_adapter(weights)
             yield self._letters(forest, trunk)
