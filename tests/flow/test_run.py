@@ -371,6 +371,17 @@ def test_early_stopping_ends_after_patience_evaluations_without_gain(tmp_path, t
     assert 3 <= len(lines(run / "metrics.jsonl")) < 40
 
 
+def test_early_stopping_without_validation_comparisons_says_that_nothing_stops(tmp_path, tiny_model, caplog):
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"prompt": "tea?", "output_a": "yes", "output_b": "no", "choice": 0, "split": "train"}
+    pairs.write_text("".join(json.dumps(row | {"client": name}) + "\n" for name in ("ada", "ben")))
+    few = ["data.source=jsonl", f"data.path={pairs}", "selectors.num_adapters=1", "selectors.cohort_size=0"]
+    stop = ["selectors.rounds=3", "selectors.patience=1", "evaluation.compare_global=false"]
+    run = pipeline.train_selectors(settings(tmp_path, tiny_model, *few, *stop))
+    assert len(lines(run / "metrics.jsonl")) == 3
+    assert "no validation comparisons here to judge a round by, so all 3 rounds are run" in caplog.text
+
+
 def test_mistake_06_early_stopping_keeps_the_round_of_least_validation_loss_and_its_groups(tmp_path, tiny_model):
     overrides = ["selectors.rounds=12", "selectors.patience=3", "selectors.eval_every=1", "selectors.local.lr=0.3"]
     cfg = settings(tmp_path, tiny_model, *overrides, "evaluation.compare_global=false", "selectors.keep_every=1")

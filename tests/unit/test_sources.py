@@ -182,6 +182,10 @@ def test_tldr_prompts_are_the_last_posts_that_are_in_no_comparison_when_they_are
     dataset = tldr(tmp_path)
     assert sorted(dataset.prompts + dataset.held_out_prompts) == [f"post {i}" for i in range(16, 20)]
     assert not dataset.no_others
+    assert any("valid.jsonl, test.jsonl of tldr_3_filtered not there" in message for message in dataset.warnings)
+    for name in ("valid", "test"):
+        write(tmp_path / "tldr_3_filtered" / f"{name}.jsonl", *rows[-1:])
+    assert not any("tldr_3_filtered" in message for message in tldr(tmp_path).warnings)
 
 
 def test_tldr_without_other_posts_says_that_the_prompts_are_the_compared_ones_unless_prompts_are_named(tmp_path):

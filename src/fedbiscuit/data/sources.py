@@ -133,10 +133,15 @@ def _tldr(settings: DataSettings, seed: int) -> Dataset:
     compared: set[str] = set()
     comparisons, report = _read_published(settings, compared)
     dataset = _shared_out(comparisons, report, settings, seed)
-    posts, digests = _filtered_posts(settings, compared)
+    posts, digests, lacking = _filtered_posts(settings, compared)
     later = dict(islice(posts.items(), _first_unlabeled(posts), None))
     fields = {post: {key: known[key] for key in TLDR_FIELDS} for post, known in later.items()}
-    dataset = replace(dataset, digests=dataset.digests | digests, fields={**dataset.fields, **fields})
+    dataset = replace(
+        dataset,
+        digests=dataset.digests | digests,
+        fields={**dataset.fields, **fields},
+        warnings=[*dataset.warnings, *lacking],
+    )
     if later:
         return _with_prompts(dataset, later, seed)
     if settings.prompts:
@@ -166,7 +171,7 @@ def _tldr_sft(settings: DataSettings, seed: int) -> Dataset:
         )
     else:
         _, report = _read_published(settings.model_copy(update={"source": "tldr"}), compared)
-    posts, digests = _filtered_posts(settings, compared)
+    posts, digests, lacking = _filtered_posts(settings, compared)
     if not posts:
         raise DataError(f"{settings.path[0]}: no post that is in no comparison; put there {wants}")
     first = _first_unlabeled(posts)
@@ -177,7 +182,7 @@ def _tldr_sft(settings: DataSettings, seed: int) -> Dataset:
         if known["summary"].strip()
     ]
     left_out = {"posts with an empty summary": first - len(summaries)} if len(summaries) < first else {}
-    report = ReadReport(report.files | digests, len(summaries), left_out, report.warnings)
+    report = ReadReport(report.files | digests, len(summaries), left_out, [*report.warnings, *lacking])
     dataset = replace(_shared_out(summaries, report, settings, seed), fields=texts)
     return _with_prompts(dataset, islice(posts, first, None), seed)
 
@@ -313,8 +318,13 @@ def _prompt_lines(path: str) -> tuple[list[str], dict[str, str]]:
     return prompts, {path: digest.hexdigest()}
 
 
-def _filtered_posts(settings: DataSettings, seen: Container[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Posts of the filtered TL;DR data that are not ``seen``, in their order, with all their texts; none without its files."""
+def _filtered_posts(
+    settings: DataSettings, seen: Container[str]
+) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
+    """Posts of the filtered TL;DR data that are not ``seen``, in their order, with all their texts; none without its files.
+
+    Also the files' digests, and a warning where some of its files are there and others are not.
+    """
     posts: dict[str, dict[str, str]] = {}
     digests: dict[str, str] = {}
     folders = [Path(path) for path in settings.path if Path(path).is_dir()]
@@ -331,7 +341,10 @@ def _filtered_posts(settings: DataSettings, seen: Container[str]) -> tuple[dict[
             if texts["post"] not in seen and texts["post"].strip():
                 posts.setdefault(texts["post"], texts)
         digests[part.path] = digest.hexdigest()
-    return posts, digests
+    there = {part.name for part in found}
+    lacking = [f"{name}.jsonl" for name in TLDR_FILES if found and name not in there]
+    told = f"{', '.join(settings.path)}: {', '.join(lacking)} of tldr_3_filtered not there; the paper uses the posts of all three"
+    return posts, digests, [told] if lacking else []
 
 
 SOURCES: dict[str, Callable[[DataSettings, int], Dataset]] = {

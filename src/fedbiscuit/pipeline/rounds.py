@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from fedbiscuit.rundir.disk import human_bytes
 from fedbiscuit.types import ClientData, ClientId, DataError, RoundRecord, ServerState, Weights
 
 __all__ = ["train_all"]
+
+log = logging.getLogger("fedbiscuit")
 
 Row = Mapping[str, Any]
 """A line of ``metrics.jsonl``."""
@@ -48,6 +51,13 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
             state = _unpacked_state(found[1], found[2])
         run.keep_lines(metrics, state.round)
         history = run.read_lines(metrics)
+        if settings.patience and not any(data.validation for data in clients.values()):
+            log.warning(
+                "selectors.patience: %d, but there are no validation comparisons here to judge a round by, so all %d rounds are "
+                "run; give some, or set data.val_fraction",
+                settings.patience,
+                settings.rounds,
+            )
         if name == "selectors" and state.round < settings.rounds and not _gave_up(history, settings.patience):
             run.set_aside(
                 "evaluation.json", f"evaluation-round-{state.round:06d}.json"
