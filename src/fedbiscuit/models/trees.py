@@ -239,7 +239,7 @@ def tree_attention(
     if dtype == torch.bfloat16 and query.device.type == "cpu":  # its kernels are slow on short branches in bfloat16
         query, key, value = query.float(), key.float(), value.float()
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    if groups > 1 and (query.device.type != "cpu" or softcap is not None):  # a CPU's kernel shares keys by itself
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     masks = forest.masks(sliding_window, query.dtype)
     dropout = dropout if module.training else 0.0
@@ -268,10 +268,17 @@ def _attend(
     dropout: float,
     softcap: float | None,
 ) -> Tensor:
-    """Plain attention with an additive mask; None means causal."""
+    """Plain attention with an additive mask; None means causal. Without ``softcap`` heads may share keys."""
     if softcap is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
     scores = torch.tanh(query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5) / softcap) * softcap
     if mask is None:
