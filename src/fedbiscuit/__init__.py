@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedbiscuit.config import Config, dump_config, json_schema, load_config, parse_config
     from fedbiscuit.data.comparisons import check_files, iter_comparisons, read_comparisons
-    from fedbiscuit.models.lm import resolve_model
+    from fedbiscuit.models.base import resolve_model
     from fedbiscuit.models.pretrained import Selector
     from fedbiscuit.pipeline import align, evaluate, export_run, label, run_all, train_selectors
     from fedbiscuit.report import write_report
@@ -58,7 +58,7 @@ __all__ = [
 _HOME = {
     "fedbiscuit.config": ("Config", "dump_config", "json_schema", "load_config", "parse_config"),
     "fedbiscuit.data.comparisons": ("check_files", "iter_comparisons", "read_comparisons"),
-    "fedbiscuit.models.lm": ("resolve_model",),
+    "fedbiscuit.models.base": ("resolve_model",),
     "fedbiscuit.models.pretrained": ("Selector",),
     "fedbiscuit.pipeline": ("align", "evaluate", "export_run", "label", "run_all", "train_selectors"),
     "fedbiscuit.report": ("write_report",),

@@ -33,6 +33,7 @@ __all__ = [
     "ServerState",
     "Task",
     "Weights",
+    "first_line",
     "num_bytes",
     "rng_for",
     "seed_for",
@@ -82,6 +83,11 @@ class IntegrityError(FedbiscuitError):
     """A file is not what was written: truncated, altered, or of another model."""
 
     exit_code = 5
+
+
+def first_line(error: BaseException) -> str:
+    """What stands behind a message of ours when another library has failed: the first of its lines, at most 300 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 # Data

@@ -12,7 +12,8 @@ import torch
 import fedbiscuit
 from fedbiscuit import Selector, cli, pipeline
 from fedbiscuit.config import load_config, parse_config
-from fedbiscuit.models.lm import load_lm, resolve_model
+from fedbiscuit.models.base import resolve_model
+from fedbiscuit.models.lm import load_lm
 from fedbiscuit.rundir import RunDir, base_of
 from fedbiscuit.types import ConfigError
 

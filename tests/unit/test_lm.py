@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedbiscuit.config import LoraSettings, ModelSettings
-from fedbiscuit.models.lm import load_lm, resolve_model
+from fedbiscuit.models.base import resolve_model
+from fedbiscuit.models.lm import load_lm
 from fedbiscuit.types import ConfigError, IntegrityError
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fedbiscuit.config import ModelSettings
-from fedbiscuit.models import lm as lm_file
-from fedbiscuit.models.lm import LM, digest_of, load_lm, quantize_of, resolve_model
+from fedbiscuit.models import base as base_file
+from fedbiscuit.models.base import digest_of, quantize_of, resolve_model
+from fedbiscuit.models.lm import LM, load_lm
 from fedbiscuit.models.lora import _LoraLinear, fuse_lora, unpacked
 from fedbiscuit.models.merging import write_merged
 from fedbiscuit.rundir.adapters import write_adapter
@@ -242,7 +243,9 @@ def test_a_digest_says_how_the_base_was_held():
 def test_without_bitsandbytes_the_key_and_the_command_are_named(tiny_model, monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(
-        lm_file.importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else there(name, *rest)
+        base_file.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else there(name, *rest),
     )
     with pytest.raises(EnvironmentFault, match=r'model\.quantize: nf4 needs bitsandbytes.*pip install "bitsandbytes>='):
         load_lm(ModelSettings(base=str(tiny_model), device="cpu", quantize="nf4"))
@@ -250,5 +253,5 @@ def test_without_bitsandbytes_the_key_and_the_command_are_named(tiny_model, monk
 
 def test_what_the_message_says_to_install_is_what_the_extra_brings_and_what_is_tested():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["optional-dependencies"]["qlora"] == [lm_file.QUANTIZER]
-    assert lm_file.QUANTIZER in project["dependency-groups"]["dev"]
+    assert project["project"]["optional-dependencies"]["qlora"] == [base_file.QUANTIZER]
+    assert base_file.QUANTIZER in project["dependency-groups"]["dev"]

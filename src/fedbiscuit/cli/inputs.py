@@ -107,7 +107,7 @@ def _example(name: str) -> str:
 
 
 def _token_counter(model: str) -> Any:
-    from fedbiscuit.models.lm import load_tokenizer
+    from fedbiscuit.models.base import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedbiscuit.types import ConfigError, EnvironmentFault, FedbiscuitError
+from fedbiscuit.types import ConfigError, EnvironmentFault, FedbiscuitError, first_line
 
 __all__ = ["check_name", "download", "upload"]
 
@@ -69,10 +69,10 @@ def _plainly(name: str, what: str, verb: str) -> Iterator[None]:
             why = f"the Hub does not let you ({code})"
             step = f"log in with `hf auth login` or set HF_TOKEN to a token that may {verb}, and check the owner's name"
         else:
-            why, step = f"the Hub answers {code}: {_first_line(error)}", "check the name, and try again later"
+            why, step = f"the Hub answers {code}: {first_line(error)}", "check the name, and try again later"
         raise EnvironmentFault(f"{name}: {what}: {why}; {step}") from error
     except ValueError as error:  # what the Hub or its library does not take, such as a card's first lines
-        raise ConfigError(f"{name}: {what}: {_first_line(error)}") from error
+        raise ConfigError(f"{name}: {what}: {first_line(error)}") from error
     except Exception as error:  # the transport's own classes differ between versions of huggingface_hub
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in (
             "httpx",
@@ -89,7 +89,3 @@ def _no_network(endpoint: str) -> str:
         f"{endpoint} cannot be reached from this machine; connect it to the network, or set HF_ENDPOINT to a mirror. "
         "The exported folder can also be copied by hand"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from fedbiscuit.config import ModelSettings
-from fedbiscuit.models.lm import check_quantize, digest_of, load_plain, resolve_model
+from fedbiscuit.models.base import check_quantize, digest_of, load_plain, resolve_model
 from fedbiscuit.rundir import read_adapter
 from fedbiscuit.types import EnvironmentFault
 

@@ -19,8 +19,9 @@ from fedbiscuit.config import LoraSettings, ModelSettings, load_config
 from fedbiscuit.data.encoding import EncodedComparison, parse_template
 from fedbiscuit.data.records import text_of
 from fedbiscuit.models import selector as reading
+from fedbiscuit.models.base import digest_of, quantize_of, resolve_model
 from fedbiscuit.models.hub import download
-from fedbiscuit.models.lm import LM, digest_of, load_lm, quantize_of, resolve_model
+from fedbiscuit.models.lm import LM, load_lm
 from fedbiscuit.models.selector import VOTES, choice_probability, letter_margins
 from fedbiscuit.models.selector_file import SELECTOR_FILE, SelectorFile, read_selector_file, selector_file_of
 from fedbiscuit.rundir import RunDir, base_of, read_adapter, read_adapter_config

@@ -13,8 +13,9 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from fedbiscuit.config import ModelSettings
-from fedbiscuit.models.lm import chat_ids, device_and_type, plain_ids
-from fedbiscuit.types import ConfigError
+from fedbiscuit.models.base import device_and_type
+from fedbiscuit.models.chat import chat_ids, plain_ids
+from fedbiscuit.types import ConfigError, first_line
 
 __all__ = ["RewardModel", "check_reward_model", "load_reward_model"]
 
@@ -45,9 +46,8 @@ class RewardModel:
         try:
             ids = chat_ids(self._tokenizer, turns, functools.partial(plain_ids, self._tokenizer), asks=False)
         except (TemplateError, TypeError) as error:
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"evaluation.judges: the chat template of {self.name} does not take a prompt and an answer: {told}"
+                f"evaluation.judges: the chat template of {self.name} does not take a prompt and an answer: {first_line(error)}"
             ) from error
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
@@ -77,7 +77,7 @@ def check_reward_model(folder: str) -> None:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except FAULTS as error:
-        raise ConfigError(f"evaluation.judges: {folder}: config.json cannot be used: {_words(error)}") from error
+        raise ConfigError(f"evaluation.judges: {folder}: config.json cannot be used: {first_line(error)}") from error
     kinds = config.architectures or []
     if not any("ForSequenceClassification" in kind for kind in kinds):
         raise ConfigError(
@@ -101,7 +101,7 @@ def load_reward_model(folder: str, settings: ModelSettings) -> RewardModel:
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except FAULTS as error:
-        raise ConfigError(f"evaluation.judges: {folder}: cannot be loaded: {_words(error)}") from error
+        raise ConfigError(f"evaluation.judges: {folder}: cannot be loaded: {first_line(error)}") from error
     model, found = loaded
     lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
     if lacking:
@@ -110,7 +110,3 @@ def load_reward_model(folder: str, settings: ModelSettings) -> RewardModel:
             "get the complete model"
         )
     return RewardModel(Path(folder).resolve().name, tokenizer, model.to(device).eval())
-
-
-def _words(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

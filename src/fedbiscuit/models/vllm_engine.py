@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Sequence
 
 from fedbiscuit.config import ModelSettings
+from fedbiscuit.models.base import resolve_model
 from fedbiscuit.models.generation import Completion, Sampling
-from fedbiscuit.models.lm import resolve_model
 from fedbiscuit.types import EnvironmentFault, seed_for
 
 __all__ = ["VllmEngine", "check_vllm"]

@@ -10,8 +10,10 @@ from typing import Any
 from fedbiscuit.config import JudgeSettings, ModelSettings
 from fedbiscuit.evaluation.endpoint import Endpoint, Pace, ask_all, is_local
 from fedbiscuit.evaluation.judge import Reply
+from fedbiscuit.models.base import load_tokenizer, public_name, resolve_model
+from fedbiscuit.models.chat import prompt_ids
 from fedbiscuit.models.generation import Completion, Sampling, generate
-from fedbiscuit.models.lm import LM, load_tokenizer, prompt_ids, public_name, resolve_model
+from fedbiscuit.models.lm import LM
 from fedbiscuit.models.vllm_engine import VllmEngine
 from fedbiscuit.pipeline.contests import PEOPLE, Contest
 from fedbiscuit.pipeline.session import Session

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from fedbiscuit.backends.devices import Helper, SeveralDevices
 from fedbiscuit.backends.inprocess import InProcessBackend
 from fedbiscuit.config import FederatedSettings
-from fedbiscuit.models.lm import device_names
+from fedbiscuit.models.base import device_names
 from fedbiscuit.pipeline.session import Session
 from fedbiscuit.types import Backend, ClientData, ClientId
 

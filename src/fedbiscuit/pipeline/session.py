@@ -13,7 +13,8 @@ from fedbiscuit.config import Config, FederatedSettings, ModelSettings, dump_con
 from fedbiscuit.data.encoding import load_template
 from fedbiscuit.data.partition import named_groups, set_apart
 from fedbiscuit.data.sources import Dataset, load
-from fedbiscuit.models.lm import LM, check_quantize, load_lm
+from fedbiscuit.models.base import check_quantize
+from fedbiscuit.models.lm import LM, load_lm
 from fedbiscuit.models.selector import Selector
 from fedbiscuit.rundir import RunDir, machine_differences, machine_manifest, run_path
 from fedbiscuit.tracking import Tracking, check_installed, open_tracking

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedbiscuit.config import Config, ModelSettings, load_config
+from fedbiscuit.models.base import hub_name, quantize_of
 from fedbiscuit.models.hub import check_name, upload
-from fedbiscuit.models.lm import hub_name, quantize_of
 from fedbiscuit.models.merging import write_merged
 from fedbiscuit.models.selector_file import selector_file_of, write_selector_file
 from fedbiscuit.pipeline.modelcards import Facts, policy_card, selector_card
