@@ -263,10 +263,12 @@ def test_what_is_no_store_is_named_and_left_alone(tmp_path):
             db.execute("CREATE TABLE money (amount)")
             db.execute(f"PRAGMA user_version = {version}")
         db.close()
+        path.chmod(0o640)
         before = path.read_bytes()
         with pytest.raises(IntegrityError, match="none of the station's"):
             Store.open(tmp_path / "s")
         assert path.read_bytes() == before
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 # Deleting

@@ -83,7 +83,6 @@ def open_database(path: Path, seed: int | None) -> sqlite3.Connection:
     """A connection to a file that is made if it is not there; ``seed`` is kept in a new one."""
     with disk_faults(path, steps=STEPS):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        os.fchmod(descriptor, 0o600)  # SQLite gives -wal and -shm the same mode
         os.close(descriptor)
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
@@ -100,6 +99,8 @@ def open_database(path: Path, seed: int | None) -> sqlite3.Connection:
 def _prepare(connection: sqlite3.Connection, path: Path, seed: int | None) -> None:
     """Durable, private, of this version."""
     _version(connection, path)  # before anything is changed: it may be somebody else's
+    with disk_faults(path, steps=STEPS):
+        path.chmod(0o600)  # SQLite gives -wal and -shm the same mode
     for pragma in (
         "journal_mode = WAL",
         "synchronous = FULL",
