@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import fedbiscuit
-from fedbiscuit import pipeline
+from fedbiscuit import pipeline, report
 from fedbiscuit.config import Config, parse_config
 from fedbiscuit.evaluation.metrics import Judged
 from fedbiscuit.pipeline import comparing
@@ -244,7 +244,7 @@ def test_a_second_run_with_the_same_seed_is_the_same_bit_for_bit(finished, tmp_p
 
 KILL = """
 import sys
-from fedbiscuit import pipeline
+from fedbiscuit import pipeline, report
 from fedbiscuit.config import load_config
 pipeline.run_all(load_config(sys.argv[1], []), resume=True)
 """
@@ -513,6 +513,8 @@ def test_a_policy_that_clients_trained_is_judged_by_the_reward_that_it_implies(t
     assert found["rows"][0]["flip_rate"] == 0.0
     new = found["new_clients"]["new clients, the policy's implicit reward"]
     assert new == {client: shares[client] for client in shares if client not in found["clients"]}
+    _, header, (first, *_) = report.comparison_tables([run])[0]
+    assert first[header.index("new clients")] == f"{sum(new.values()) / len(new):.3f}"
 
 
 def test_the_base_model_can_stand_beside_as_it_is(tmp_path, tiny_model):

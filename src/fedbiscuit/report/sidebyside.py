@@ -9,7 +9,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from fedbiscuit.evaluation.judge import HELD_OUT
-from fedbiscuit.evaluation.metrics import UNTRAINED
+from fedbiscuit.evaluation.metrics import IMPLICIT, UNTRAINED
 from fedbiscuit.report.canvas import colour, colour_of, draw, marker_of, percents, whole_numbers
 from fedbiscuit.report.comparison import (
     Method,
@@ -23,6 +23,7 @@ from fedbiscuit.report.comparison import (
 from fedbiscuit.report.judgements import LAST, judge_name
 from fedbiscuit.report.reading import RunView
 from fedbiscuit.report.style import LIGHT
+from fedbiscuit.report.words import GLOBAL, NEW
 from fedbiscuit.rundir import atomic_write
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _agreement_row(method: Method, name: str, place: int, key: str, new: str) ->
         *in_order,
         _mean(method.row("flip_rate", place)),
         _mean(method.row("worst_decile", place)),
-        _mean([_new(run, new, "new clients, one global selector") for run in method.tested]),
+        _mean([_new(run, new, f"{NEW}, {GLOBAL}", f"{NEW}, {IMPLICIT}") for run in method.tested]),
         " ".join(f"{value:.2f}" for value in rand),
     )
 
