@@ -106,12 +106,13 @@ class Selector:
         return self.trunks.of(forest, [(item.ab, item.ba) for item in encoded]) if self.trunks else None
 
     def _letters(self, forest: Forest, trunk: Tensor | None) -> Tensor:
-        hidden = self.lm.hidden_at(forest, forest.last, trunk)
+        places, order = torch.unique(forest.last, return_inverse=True)  # equal sequences: equal logits, to the last bit
+        hidden = self.lm.hidden_at(forest, places, trunk)
         if self.kind == "reward":
-            scores = self.lm.scores(hidden).view(-1, 2)
+            scores = self.lm.scores(hidden)[order].view(-1, 2)
             return torch.stack([scores, scores.flip(1)], dim=1)
         rows = torch.tensor(self.letters, device=self.lm.device)
-        return self.lm.logits(hidden, rows).view(-1, 2, 2)
+        return self.lm.logits(hidden, rows)[order].view(-1, 2, 2)
 
 
 def selector_loss(selector: Selector, encoded: Sequence[EncodedComparison]) -> Tensor:
