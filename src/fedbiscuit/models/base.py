@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedbiscuit.types import ConfigError, EnvironmentFault, first_line
 
 __all__ = [
     "QUANTIZER",
+    "check_complete",
     "check_quantize",
     "device_and_type",
     "device_names",
@@ -117,17 +118,21 @@ def load_plain(
             "check the files, or give another folder, .gguf file, Hub name or package:NAME/FILE"
         ) from error
     model, found = loaded
-    lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
-    if lacking:
-        raise ConfigError(
-            f"model.base: {name}: {len(lacking)} tensors are missing or have another shape, first {lacking[0]}; "
-            "get the complete model"
-        )
+    check_complete(f"model.base: {name}", found)
     if quantize != "none":
         _computing_in(model, dtype)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.base: {name}: its tokenizer has no eos_token, so no answer could end; set it there")
     return tokenizer, model
+
+
+def check_complete(place: str, found: Mapping[str, Any]) -> None:
+    """A ``ConfigError`` where transformers' loading info says that weights were made up. ``place``: setting and value."""
+    lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
+    if lacking:
+        raise ConfigError(
+            f"{place}: {len(lacking)} tensors are missing or have another shape, first {lacking[0]}; get the complete model"
+        )
 
 
 def _computing_in(model: Any, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from fedbiscuit.config import ModelSettings
-from fedbiscuit.models.base import device_and_type
+from fedbiscuit.models.base import check_complete, device_and_type
 from fedbiscuit.models.chat import chat_ids, plain_ids
 from fedbiscuit.types import ConfigError, first_line
 
@@ -103,10 +103,5 @@ def load_reward_model(folder: str, settings: ModelSettings) -> RewardModel:
     except FAULTS as error:
         raise ConfigError(f"evaluation.judges: {folder}: cannot be loaded: {first_line(error)}") from error
     model, found = loaded
-    lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
-    if lacking:
-        raise ConfigError(
-            f"evaluation.judges: {folder}: {len(lacking)} tensors are missing or have another shape, first {lacking[0]}; "
-            "get the complete model"
-        )
+    check_complete(f"evaluation.judges: {folder}", found)
     return RewardModel(Path(folder).resolve().name, tokenizer, model.to(device).eval())
