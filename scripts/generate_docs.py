@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_INTRODUCTION = """\
 # Settings
 
-Made by `make docs` from `src/fedbiscuit/config.py`; do not edit. `fedbiscuit config CONFIG` prints the same for one
+Made by `make docs` from `src/fedbiscuit/config/settings.py`; do not edit. `fedbiscuit config CONFIG` prints the same for one
 config, with its values, and `configs/schema.json` is the JSON schema for editors.
 
 A key is named by its path: `rounds` in the section `selectors` is `selectors.rounds`, also on the command line
