@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from fedbiscuit.types import LocalTraining
 
 __all__ = [
+    "COLUMNS",
     "AlignmentSettings",
     "Config",
     "DataSettings",
