@@ -70,9 +70,9 @@ TEMPLATES = {"tldr_sft": "tldr", "jsonl": "shp"}
 
 TRAINERS = {
     "llmrewardchoicetrainer": ("choice",),
-    "llmdporewardtrainer": ("dpo", "align"),
-    "llmrewardtrainer": ("align", "dpo"),
-    "llmtrainer": ("sft", "align"),
+    "llmdporewardtrainer": ("dpo",),
+    "llmrewardtrainer": ("dpo",),
+    "llmtrainer": ("sft",),
 }
 
 SPLITTERS = {"meta": "annotator", "lda": "dirichlet", "iid": "iid", "": "iid"}
@@ -149,6 +149,8 @@ def _implied(old: Old) -> Iterator[tuple[str, Any, str]]:
         yield "data.max_train_tokens", 512, "as there: longer training comparisons are left out"
     if job in ("sft", "dpo"):
         yield f"{LOCAL}.objective", job, "by data.type"
+    if job == "align":
+        yield "selectors.rounds", 0, "by data.type; the selectors are those of another run, named with --selector"
     if job != "choice":
         yield "generation.chat", False, "the original writes to plain prompts"
     if job != "choice" and source in ("tldr", "tldr_sft"):
@@ -166,9 +168,11 @@ def _implied(old: Old) -> Iterator[tuple[str, Any, str]]:
 
 def _contradictions(old: Old) -> Iterator[tuple[str, str]]:
     job, trainer = old["job"], old["trainer.type"]
-    if trainer and job not in TRAINERS[trainer]:
+    if trainer and job != "align" and job not in TRAINERS[trainer]:
         fitting = " or ".join(name for name, jobs in TRAINERS.items() if job in jobs)
         yield "trainer.type", f"{trainer} does not fit data.type {_before_at(old['data.type'])}, which is for {fitting}"
+    if old["data.splitter"] == "meta" and old["source"] in ("shp", "tldr_sft"):
+        yield "data.splitter", f"meta is by annotator, and {_before_at(old['data.type'])} names none; take lda or iid"
     if not old["llm.adapter.use"]:
         yield "llm.adapter.use", "without it the whole model is trained, which we do not do; set it to True"
     if job == "choice" and old["llm.adapter.count"] > 1 and not old["llm.adapter.grouping.use"]:
@@ -204,7 +208,7 @@ def _wrong(key: str, value: Any) -> Iterator[str]:
     """What is wrong with one old key and its value, if anything."""
     if key not in KEYS:
         same_end = [known for known in KEYS if known.rpartition(".")[2] == key.rpartition(".")[2]]
-        nearest = (same_end or difflib.get_close_matches(key, KEYS, 1, 0.0))[0]
+        nearest = difflib.get_close_matches(key, same_end or KEYS, 1, 0.0)[0]
         yield f"not a key of the original that we know; the nearest is {nearest}"
     elif not _is(value, KEYS[key].kind):
         yield f"{shown(value)} is not permitted; it must be {KINDS[KEYS[key].kind]}"
@@ -228,6 +232,11 @@ def _one_of(*permitted: str) -> Callable[[str], Iterator[str]]:
             yield f"{shown(value)} is not permitted; it must be {' or '.join(word or 'empty' for word in permitted)}{told}"
 
     return check
+
+
+def _at_least_one(value: int) -> Iterator[str]:
+    if value < 1:
+        yield f"{shown(value)} is not permitted; it must be at least 1"
 
 
 def _only(permitted: Any, why: str) -> Callable[[Any], Iterator[str]]:
@@ -285,6 +294,7 @@ KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "
 PICKLED = "checkpoints of the original are pickles, which we do not open; name a folder with the model in model.type"
 CHECKS: dict[str, Callable[[Any], Iterator[str]]] = {
     "federate.mode": _one_of("standalone"),
+    "federate.total_round_num": _at_least_one,
     "federate.online_aggr": _only(
         False, "with several adapters it could not be there, and here sums are always streamed"
     ),
@@ -293,6 +303,7 @@ CHECKS: dict[str, Callable[[Any], Iterator[str]]] = {
     "llm.adapter.args": _adapter,
     "model.load_from_local_pretrained_fs_config": _only("", PICKLED),
     "model.load_from_local_pretrained_model_path": _only("", PICKLED),
+    "train.local_update_steps": _at_least_one,
     "train.batch_or_epoch": _only("batch", "steps are counted in batches; work out how many steps the epochs are"),
     "train.optimizer.type": lambda value: _one_of("AdamW", "SGD", "RMSprop")(value),
     "train.optimizer.betas": _betas,
@@ -318,6 +329,13 @@ def _device(use_gpu: bool, old: Old) -> str:
     return "cpu" if not use_gpu else f"cuda:{old['device']}" if old["device"] > 0 else "auto"
 
 
+def _one_adapter(old: Old) -> str:
+    """Why settings of warm-up and groups are idle, where they are."""
+    if old["job"] == "align":
+        return "a file that aligns trains no selectors"
+    return "" if old["llm.adapter.count"] > 1 else "there is one adapter"
+
+
 def _rounds(value: int, old: Old) -> int:
     """Rounds; in an alignment steps, of which each of its rounds has as many as a client's visit."""
     return max(value, 0) * (old["train.local_update_steps"] if old["job"] == "align" else 1)
@@ -341,7 +359,7 @@ LOCAL = "selectors.local"
 
 KEYS: dict[str, Key] = {
     "use_gpu": Key(bool, False, "model.device", "model.device", _device),
-    "device": Key(int, -1),
+    "device": Key(int, -1, idle=lambda old: "" if old["use_gpu"] else "use_gpu is False"),
     "early_stop.patience": Key(int, 5, "selectors.patience"),
     "federate.mode": Key(str, "standalone", why="one process is what there is without Flower"),
     "federate.client_num": Key(int, 0, "data.partition.num_clients"),
@@ -376,12 +394,17 @@ KEYS: dict[str, Key] = {
     "llm.adapter.use": Key(bool, False),
     "llm.adapter.args": Key(list, None, "model.lora", "model.lora", _lora),
     "llm.adapter.count": Key(int, 1, "selectors.num_adapters"),
-    "llm.adapter.warmup.use": Key(bool, False),
-    "llm.adapter.warmup.round": Key(
-        int, 10, "selectors.warmup_rounds", convert=lambda value, old: value if old["llm.adapter.warmup.use"] else 0
+    "llm.adapter.warmup.use": Key(
+        bool, False, "selectors.warmup_rounds", convert=lambda value, old: None if value else 0, idle=_one_adapter
     ),
-    "llm.adapter.grouping.use": Key(bool, False),
-    "llm.adapter.grouping.round": Key(int, 50, "selectors.regroup_every"),
+    "llm.adapter.warmup.round": Key(
+        int,
+        10,
+        "selectors.warmup_rounds",
+        idle=lambda old: _one_adapter(old) or ("" if old["llm.adapter.warmup.use"] else "warmup.use is False"),
+    ),
+    "llm.adapter.grouping.use": Key(bool, False, idle=_one_adapter),
+    "llm.adapter.grouping.round": Key(int, 50, "selectors.regroup_every", idle=_one_adapter),
     "llm.reward_coeff": Key(
         float,
         0.1,
@@ -407,14 +430,21 @@ KEYS: dict[str, Key] = {
     ),
     "train.optimizer.lr": Key(float, 0.1, f"{LOCAL}.lr", "alignment.lr"),
     "train.optimizer.betas": Key(
-        str, "(0.9, 0.999)", f"{LOCAL}.betas", "alignment.betas", lambda value, old: _numbers(value)
+        str,
+        "(0.9, 0.999)",
+        f"{LOCAL}.betas",
+        "alignment.betas",
+        lambda value, old: _numbers(value),
+        idle=lambda old: "" if old["train.optimizer.type"] == "AdamW" else "only AdamW has betas",
     ),
     "train.optimizer.weight_decay": Key(float, None, f"{LOCAL}.weight_decay", "alignment.weight_decay"),
     "train.is_enable_half": Key(
         bool, False, "model.dtype", "model.dtype", lambda value, old: "bfloat16" if value else "float32"
     ),
     "criterion.type": Key(str, "MSELoss", why="each kind of training has its one loss"),
-    "trainer.type": Key(str, ""),
+    "trainer.type": Key(
+        str, "", idle=lambda old: "there is one way to align" if old["job"] == "align" else ""
+    ),
     "trainer.choices": Key(
         list,
         None,

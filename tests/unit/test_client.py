@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fedbiscuit.backends.client import Desk, Memory, answer
+from fedbiscuit.backends.client import Desk, Memory, answer, policy_pair
 from fedbiscuit.backends.inprocess import InProcessBackend
 from fedbiscuit.data.encoding import load_template
 from fedbiscuit.models.selector import Selector
@@ -38,6 +38,19 @@ def two_adapters(desk):
     base = desk.selector.lm.new_adapter("base")
     other = {n: w if "lora_A" in n else torch.randn(w.shape, generator=generator) * 0.3 for n, w in base.items()}
     return {0: base, 1: other}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_prompt_of_the_policy_is_shortened_as_little_as_fits_and_answers_never_are(load_tiny, chat):
+    desk = Desk(Selector.of(load_tiny(), load_template("choice"), (" A", " B"), 60), seed=0, chat=chat)
+    lm, prompt = desk.selector.lm, "why is the sky blue? " * 20
+    first, second = "because", "scattered light, more of it blue"
+    short = policy_pair(prompt, first, second, desk)
+    assert (short.chosen, short.rejected) == ((*lm.encode(first), lm.end), (*lm.encode(second), lm.end))
+    assert short.longest <= 60
+    fitting = [n for n in range(len(prompt)) if lm.chat_prompt(prompt[:n], "", chat) == short.prompt]
+    assert len(lm.chat_prompt(prompt[: fitting[-1] + 1], "", chat)) + len(short.rejected) > 60
+    assert policy_pair("why?", first, "no", desk).prompt == lm.chat_prompt("why?", "", chat)
 
 
 LOCAL = LocalTraining(steps=2, batch_size=2, lr=0.01)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from fedbiscuit.data.encoding import encode_answers
 from fedbiscuit.evaluation.metrics import Judged, bootstrap_interval, calibration, longer_answer, summarize
 from fedbiscuit.evaluation.selectors import ClientMargins, fit_temperature, judge_by_group, judge_by_vote, score_clients
 from fedbiscuit.evaluation.winrate import win_rate
@@ -114,6 +117,34 @@ def test_mistake_06_every_client_is_evaluated_with_the_selector_of_its_own_group
     assert [right[c].accuracy for c in ("ann", "bo")] == [1.0, 1.0]
     assert [wrong[c].accuracy for c in ("ann", "bo")] == [0.0, 0.0]
     assert sum(one.accuracy for one in judge_by_vote(scores, "mean").values()) == 1.0  # opposite people, one verdict
+
+
+class LongerIsBetter:
+    """A reward model that scores an answer by its length."""
+
+    kind = "reward"
+    lm = SimpleNamespace(model=SimpleNamespace(eval=lambda: None))
+
+    def encode(self, held):
+        return [encode_answers(one, lambda text: list(map(ord, text)), 4000) for one in held], []
+
+    def logits_of_each(self, adapters, batch, keep):
+        scores = torch.tensor([[len(item.ab), len(item.ba)] for item in batch], dtype=torch.float32)
+        for _ in adapters:
+            yield torch.stack([scores, scores.flip(1)], dim=1)
+
+
+@pytest.mark.parametrize("only", [None, {"ann": 0, "bo": 0, "cy": 0}])
+def test_comparisons_that_share_an_answer_are_scored_each_by_itself_by_a_reward_model_too(only):
+    held = {
+        "ann": [Comparison("q", "middle", "a", 0), Comparison("q", "middle", "the longest", 1)],
+        "bo": [Comparison("q", "middle", "x", 0), Comparison("q", "x", "middle", 1)],
+        "cy": [Comparison("q", "the longest", "middle", 0)],
+    }
+    scores = score_clients(LongerIsBetter(), [{}], held, only)
+    judged_each = judge_by_group(scores, dict.fromkeys(held, 0))
+    assert {client: one.accuracy for client, one in judged_each.items()} == dict.fromkeys(held, 1.0)
+    assert scores["ann"].margins[0, :, 0].tolist() == [5.0, -5.0]
 
 
 def test_scoring_one_adapter_a_client_gives_the_same_margins_as_scoring_all(load_tiny):

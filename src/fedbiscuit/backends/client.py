@@ -6,6 +6,7 @@ server asks for losses and the run is one that shares them.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -129,9 +130,19 @@ def _objective(batch: Sequence[Comparison], desk: Desk, how: LocalTraining) -> T
 
 
 def policy_pair(prompt: str, first: str, second: str, desk: Desk) -> Pair:
-    """Two answers of people's comparisons as the policy would have to write them."""
+    """Two answers of people's comparisons as the policy would have to write them.
+
+    A prompt with which they are longer than ``max_tokens`` is shortened from its end, as a selector's is; they never are.
+    """
     lm = desk.selector.lm
-    return encode_pair(lm, lm.chat_prompt(prompt, desk.system, desk.chat), first, second)
+
+    def encoded(characters: int) -> Pair:
+        return encode_pair(lm, lm.chat_prompt(prompt[:characters], desk.system, desk.chat), first, second)
+
+    whole, room = encoded(len(prompt)), desk.selector.max_tokens
+    if whole.longest <= room:
+        return whole
+    return encoded(max(0, bisect_right(range(len(prompt)), room, key=lambda n: encoded(n).longest) - 1))
 
 
 def _losses(task: Task, data: ClientData, desk: Desk) -> list[float]:

@@ -221,7 +221,7 @@ class FederatedSettings(Section):
     """The selector phase: rounds, groups, aggregation."""
 
     num_adapters: Count = Field(1, description="U; 1 is FedBis, more is FedBiscuit")
-    rounds: Count = Field(100, description="T")
+    rounds: CountOrOff = Field(100, description="T; 0: none, labels.selectors names a run that has trained")
     cohort_size: CountOrOff = Field(5, description="K, clients a round; 0: all")
     cohort_sampling: Literal["uniform", "stratified"] = Field(
         "uniform", description="stratified: after the warm-up, as many clients of each group as of any other"
@@ -382,16 +382,16 @@ class EvaluationSettings(Section):
     )
     references: str = Field(
         "",
-        description="task summarization: file of posts with summaries that people wrote (.jsonl with `post` and `summary`, or "
-        "`prompt` and `reference`); empty: those of the source tldr",
+        description="task summarization: posts with summaries that people wrote (a file, a folder or hub:..., with `post` and "
+        "`summary`, or `prompt` and `reference`); empty: those of the sources tldr and tldr_sft",
     )
     best_of: Annotated[int, Field(ge=2, le=1024)] = Field(16, description="task best-of-n: answers a prompt")
     pairs: Paths = Field(
-        (), description="task agreement: files of labelled pairs, as comparisons (.jsonl) or as RewardBench has them"
+        (), description="task agreement: labelled pairs (files, folders or hub:...), as comparisons or as RewardBench has them"
     )
     instructions: str = Field(
         "",
-        description="task alpaca-eval: instructions (.json or .jsonl with `instruction` or `prompt`, or .txt, one a line)",
+        description="task alpaca-eval: instructions (a file, a folder or hub:..., with `instruction` or `prompt`; or .txt, one a line)",
     )
 
 
@@ -498,7 +498,7 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
         )
     if several and chosen.local.objective != "choice":
         yield "selectors.num_adapters", f"objective {chosen.local.objective} trains one policy; set num_adapters to 1"
-    if several and chosen.population == "federated" and warmup >= chosen.rounds:
+    if several and chosen.population == "federated" and 0 < chosen.rounds <= warmup:
         yield (
             "selectors.rounds",
             f"{chosen.rounds} rounds end within the warm-up ({chosen.num_adapters} adapters x {chosen.warmup_rounds} "

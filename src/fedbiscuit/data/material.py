@@ -6,13 +6,13 @@ elsewhere and have keys of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedbiscuit.data.encoding import EXTRA
-from fedbiscuit.data.files import RECORDS, iter_records
+from fedbiscuit.data.files import RECORDS, iter_records, parts_of
 from fedbiscuit.data.formats import prompt_of
 from fedbiscuit.data.jsonlines import shown
 from fedbiscuit.data.records import EmptyTextError, comparison_of, required_text
@@ -22,6 +22,8 @@ __all__ = ["Instruction", "Reference", "labelled_pair", "read_instructions", "re
 
 REWARD_BENCH = ("subset", "chosen_model", "rejected_model")
 """Keys that only RewardBench's records have."""
+REFERENCES = "records with `post` and `summary`, or `prompt` and `reference` (.jsonl, .json or .parquet)"
+INSTRUCTIONS = "records with `instruction` or `prompt` (.json, .jsonl or .parquet), or a .txt with one a line"
 Item = TypeVar("Item")
 
 
@@ -42,24 +44,28 @@ class Instruction:
     dataset: str
 
 
-def read_references(path: str | Path) -> list[Reference]:
-    """Records {post, summary} as in TL;DR (title, subreddit are kept) or {prompt, reference}; each prompt once."""
-    found = {one.prompt: one for _, one in _read(path, _reference)}
+def read_references(place: str) -> list[Reference]:
+    """Records {post, summary} as in TL;DR (title, subreddit are kept) or {prompt, reference}; each prompt once.
+
+    ``place``: a file, a folder or a set on the Hub, as ``parts_of`` has it; so are those of instructions.
+    """
+    found = {one.prompt: one for one in _read(place, "evaluation.references", REFERENCES, _reference)}
     return list(found.values())
 
 
-def read_instructions(path: str | Path) -> list[Instruction]:
-    """Instructions of a JSON array or JSON lines, under ``instruction`` (AlpacaEval) or ``prompt``; or one a line of a
-    text file. Each is taken once. Without a key ``dataset`` the set is called after the file.
+def read_instructions(place: str) -> list[Instruction]:
+    """Records with ``instruction`` (AlpacaEval) or ``prompt``, or the lines of a text file. Each is taken once.
+
+    Without a key ``dataset`` the set is called after the file or the set on the Hub.
     """
-    path = Path(path)
-    stem = path.name.split(".")[0]
-    if RECORDS.fullmatch(path.name):
-        found = [one for _, one in _read(path, lambda record: _instruction(record, stem))]
-    else:
+    path = Path(place)
+    stem = path.name.split("@")[0].split(".")[0]
+    if path.is_file() and not RECORDS.fullmatch(path.name):
         found = [Instruction(line.strip(), stem) for line in _text(path).splitlines() if line.strip()]
+    else:
+        found = _read(place, "evaluation.instructions", INSTRUCTIONS, lambda record: _instruction(record, stem))
     if not found:
-        raise DataError(f"{path}: no instruction in it; write one a line, or use .json or .jsonl with `instruction`")
+        raise DataError(f"{place}: no instruction in it; write one a line, or use .json or .jsonl with `instruction`")
     return list({one.text: one for one in found}.values())
 
 
@@ -94,18 +100,17 @@ def _instruction(record: Any, stem: str) -> Instruction:
     return Instruction(text, dataset if isinstance(dataset, str) and dataset.strip() else stem)
 
 
-def _read(path: str | Path, convert: Callable[[Mapping[str, Any]], Item]) -> Iterator[tuple[int, Item]]:
-    for number, record in iter_records(path):
-        if isinstance(record, DataError):
-            raise DataError(f"{path}:{number}: {record}")
-        yield number, _located(path, f":{number}", convert, record)
-
-
-def _located(path: str | Path, place: str, convert: Callable[..., Item], *values: Any) -> Item:
-    try:
-        return convert(*values)
-    except DataError as error:
-        raise DataError(f"{path}{place}: {error}") from None
+def _read(place: str, key: str, wants: str, convert: Callable[[Mapping[str, Any]], Item]) -> list[Item]:
+    found = []
+    for part in parts_of(place, key, wants):
+        for number, record in iter_records(part.path):
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                found.append(convert(record))
+            except DataError as error:
+                raise DataError(f"{part.path}:{number}: {error}") from None
+    return found
 
 
 def _text(path: Path) -> str:

@@ -27,7 +27,7 @@ from fedbiscuit.types import ClientData, ClientId, Comparison, ConfigError, Data
 if TYPE_CHECKING:
     from fedbiscuit.data.synthetic import Truth
 
-__all__ = ["SOURCES", "Dataset", "load", "read_prompts", "split_prompts"]
+__all__ = ["SOURCES", "Dataset", "filtered_tldr", "load", "read_prompts", "split_prompts"]
 
 HELD_OUT_PROMPTS = 0.2
 UNLABELED_SHARE = 0.4
@@ -148,8 +148,8 @@ def _tldr(settings: DataSettings, seed: int) -> Dataset:
         return dataset
     told = (
         f"data.path: {', '.join(settings.path)}: no post that is in no comparison, so the prompts are the compared posts, on "
-        "which selectors are trained; put train.jsonl, valid.jsonl and test.jsonl of tldr_3_filtered into a folder with the "
-        "batches"
+        "which selectors are trained; put train.jsonl, valid.jsonl and test.jsonl of tldr_3_filtered into a folder, and name "
+        "it in data.path too"
     )
     return replace(dataset, warnings=[*dataset.warnings, told], no_others=told)
 
@@ -160,20 +160,24 @@ def _tldr_sft(settings: DataSettings, seed: int) -> Dataset:
     A summary stands as A, preferred, against nothing: what objective sft reads of a comparison is the preferred answer.
     """
     wants = "the files train.jsonl, valid.jsonl, test.jsonl of tldr_3_filtered, and batch3.json to batch22.json"
-    if len(settings.path) != 1 or settings.path[0].startswith(HUB):
-        raise ConfigError(f"data.path: tldr_sft wants one folder, with {wants}")
-    there = [part.name for part in parts_of(settings.path[0], "data.path", wants)]
+    folders = [path for path in settings.path if not path.startswith(HUB)]
+    if not folders:
+        raise ConfigError(
+            f"data.path: tldr_sft wants a folder with {wants}; the batches may come from the Hub beside it, as "
+            "[hub:OWNER/NAME/comparisons, FOLDER]"
+        )
+    there = {part.name for folder in folders for part in parts_of(folder, "data.path", wants)}
     report = ReadReport({}, 0)
     compared: set[str] = set()
-    if BATCHES.isdisjoint(there):
+    if len(folders) == len(settings.path) and BATCHES.isdisjoint(there):
         report.warnings.append(
-            f"{settings.path[0]}: no comparisons there, so posts that people compared are not left out"
+            f"{', '.join(folders)}: no comparisons there, so posts that people compared are not left out"
         )
     else:
         _, report = _read_published(settings.model_copy(update={"source": "tldr"}), compared)
     posts, digests, lacking = _filtered_posts(settings, compared)
     if not posts:
-        raise DataError(f"{settings.path[0]}: no post that is in no comparison; put there {wants}")
+        raise DataError(f"{', '.join(folders)}: no post that is in no comparison; put there {wants}")
     first = _first_unlabeled(posts)
     texts = {post: {key: known[key] for key in TLDR_FIELDS} for post, known in posts.items()}
     summaries = [
@@ -201,7 +205,7 @@ def _read_published(settings: DataSettings, compared: set[str] | None = None) ->
             f"data.path: empty; {settings.source} wants a folder with {form.wants}, or a set on the Hub, as hub:OWNER/NAME"
         )
     parts: dict[str, Part] = {}
-    for reference in settings.path:
+    for reference in _with_comparisons(settings):
         splits = form.splits if reference.startswith(HUB) and form.splits else form.parts
         parts |= {part.path: part for part in parts_of(reference, "data.path", form.wants, splits)}
 
@@ -220,12 +224,24 @@ def _read_published(settings: DataSettings, compared: set[str] | None = None) ->
         read=iter_records,
     )
     missing = sorted((form.parts or frozenset()) - {part.name for part in parts.values()}, key=_number_in)
-    if settings.source == "tldr" and missing and not settings.path[0].startswith(HUB):
+    if settings.source == "tldr" and missing and not any(path.startswith(HUB) for path in settings.path):
         report.warnings.append(
-            f"{settings.path[0]}: batches not there: {', '.join(str(_number_in(name)) for name in missing)}; the paper uses "
+            f"{', '.join(settings.path)}: batches not there: {', '.join(str(_number_in(name)) for name in missing)}; the paper uses "
             "all of 3 to 20 and 22"
         )
     return comparisons, report
+
+
+def _with_comparisons(settings: DataSettings) -> Sequence[str]:
+    """The places of ``data.path``, of TL;DR without the folders that have its filtered posts and no batch."""
+    if settings.source != "tldr":
+        return settings.path
+    alone = [path for path in settings.path if filtered_tldr([path]) and BATCHES.isdisjoint(_names_in(path))]
+    return [path for path in settings.path if path not in alone] or settings.path
+
+
+def _names_in(folder: str) -> set[str]:
+    return {part.name for part in parts_of(folder, "data.path", FORMATS["tldr"].wants)}
 
 
 def _number_in(name: str) -> int:
@@ -318,6 +334,13 @@ def _prompt_lines(path: str) -> tuple[list[str], dict[str, str]]:
     return prompts, {path: digest.hexdigest()}
 
 
+def filtered_tldr(paths: Iterable[str]) -> list[Part]:
+    """train, valid and test of OpenAI's filtered TL;DR, which has summaries by people, in these folders or below them."""
+    folders = [path for path in paths if Path(path).is_dir()]
+    found = [part for folder in folders for part in parts_of(folder, "data.path", "") if part.name in TLDR_FILES]
+    return sorted(found, key=lambda part: TLDR_FILES.index(part.name))
+
+
 def _filtered_posts(
     settings: DataSettings, seen: Container[str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
@@ -327,9 +350,8 @@ def _filtered_posts(
     """
     posts: dict[str, dict[str, str]] = {}
     digests: dict[str, str] = {}
-    folders = [Path(path) for path in settings.path if Path(path).is_dir()]
-    found = [part for folder in folders for part in parts_of(str(folder), "data.path", "") if part.name in TLDR_FILES]
-    for part in sorted(found, key=lambda part: TLDR_FILES.index(part.name)):
+    found = filtered_tldr(settings.path)
+    for part in found:
         digest = hashlib.sha256()
         for number, record in iter_records(part.path, digest):
             try:

@@ -18,6 +18,8 @@ from fedbiscuit.types import ClientId, Comparison, Grouping, Weights
 
 __all__ = ["ClientMargins", "fit_temperature", "judge_by_group", "judge_by_vote", "score_by_policy", "score_clients"]
 
+Sides = tuple[tuple[int, ...], tuple[int, ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class ClientMargins:
@@ -43,10 +45,10 @@ def score_clients(
     encoded = {client: selector.encode(held)[0] for client, held in sorted(comparisons.items())}
     encoded = {client: held for client, held in encoded.items() if held}
     readers = {client: tuple(range(len(adapters))) if only is None else (only[client],) for client in encoded}
-    wanted: dict[tuple[int, ...], dict[tuple[int, ...], EncodedComparison]] = {}
+    wanted: dict[tuple[int, ...], dict[Sides, EncodedComparison]] = {}
     for client, held in encoded.items():
-        wanted.setdefault(readers[client], {}).update({item.ab: item for item in held})
-    found: dict[tuple[int, ...], dict[tuple[int, ...], Tensor]] = {}
+        wanted.setdefault(readers[client], {}).update({_sides(item): item for item in held})
+    found: dict[tuple[int, ...], dict[Sides, Tensor]] = {}
     read = 0
     for group, items in sorted(wanted.items()):
         keys = sorted(items)  # neighbours share their prompt
@@ -57,11 +59,16 @@ def score_clients(
         progress(read)
     return {
         client: ClientMargins(
-            torch.stack([found[readers[client]][item.ab] for item in held], dim=1),
+            torch.stack([found[readers[client]][_sides(item)] for item in held], dim=1),
             np.array([item.choice for item in held]),
         )
         for client, held in encoded.items()
     }
+
+
+def _sides(item: EncodedComparison) -> Sides:
+    """What makes two encoded comparisons the same: both sides, since a reward model's first one has answer A alone."""
+    return item.ab, item.ba
 
 
 def score_by_policy(

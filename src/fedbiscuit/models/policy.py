@@ -39,6 +39,11 @@ class Pair:
     rejected: tuple[int, ...]
     probability: float = 1.0
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of its two sequences."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
 
 def encode_pair(lm: LM, prompt: tuple[int, ...], chosen: str, rejected: str) -> Pair:
     """Token ids of a preference between two whole texts that people or others wrote: each is closed by the end token.

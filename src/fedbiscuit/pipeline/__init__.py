@@ -45,6 +45,7 @@ def run_all(cfg: Config, resume: bool = False, progress: Progress = silent, devi
 
     ``devices``: over how many of this machine the clients of a round, and the pairs of a DPO step, are spread.
     """
+    _check_rounds(cfg)
     with open_session(cfg, resume, progress, devices) as session:
         labels = cfg.selectors.local.objective == "choice"
         check_judges(session)
@@ -72,9 +73,19 @@ def train_selectors(
     """
     if cfg.labels.selectors:
         raise ConfigError(f"labels.selectors: this run takes the selectors of {cfg.labels.selectors} and trains none")
+    _check_rounds(cfg)
     with open_session(cfg, resume, progress, devices, connect) as session:
         train_all(session)
         return session.run.path
+
+
+def _check_rounds(cfg: Config) -> None:
+    """An old file that aligns says nothing about selectors: none are invented for it."""
+    if cfg.selectors.rounds == 0 and not cfg.labels.selectors:
+        raise ConfigError(
+            "selectors.rounds: 0 rounds train no selectors; take those of another run, as `fedbiscuit align CONFIG --selector "
+            "RUN-OR-CONFIG` does, or name it in labels.selectors"
+        )
 
 
 def label(cfg: Config, progress: Progress = silent) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from fedbiscuit.backends.client import Desk
+from fedbiscuit.backends.client import Desk, policy_pair
 from fedbiscuit.config import Config, FederatedSettings, ModelSettings, dump_config, load_config
 from fedbiscuit.data.encoding import load_template
 from fedbiscuit.data.partition import named_groups, set_apart
@@ -213,10 +213,18 @@ class Session:
 
     def _fitting(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
         encoded, too_long = self.selector.encode(comparisons)
-        self.shortened += sum(item.cut > 0 for item in encoded)
+        if self.cfg.selectors.local.objective == "choice":
+            self.shortened += sum(item.cut > 0 for item in encoded)
+        else:
+            self.shortened += sum(map(self._is_shortened, comparisons))
         self.too_long += [str(comparison.id) for comparison in too_long]
         longer = {id(comparison) for comparison in too_long}
         return tuple(comparison for comparison in comparisons if id(comparison) not in longer)
+
+    def _is_shortened(self, one: Comparison) -> bool:
+        """Whether clients who train the policy read a part of the prompt only."""
+        whole = self.lm.chat_prompt(one.prompt, self.desk.system, self.desk.chat)
+        return len(policy_pair(one.prompt, one.output_a, one.output_b, self.desk).prompt) < len(whole)
 
     @property
     def trains(self) -> bool:

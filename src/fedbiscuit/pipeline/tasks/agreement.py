@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fedbiscuit.data import files
 from fedbiscuit.data.comparisons import read_comparisons
 from fedbiscuit.data.material import labelled_pair
 from fedbiscuit.data.records import pair_of
@@ -47,12 +48,14 @@ def agreement_with_pairs(session: Session, asked: Asked) -> dict[str, Any]:
         versions = [(f"after round {number}", number, session.selectors(folder)) for number, folder in found]
     if asked.checkpoint is None:
         versions = [*(one for one in versions if one[1] != cfg.selectors.rounds), ("", None, judge.adapters)]
+    wants = "comparisons (.jsonl), or pairs as RewardBench has them"
     comparisons, report = read_comparisons(
-        cfg.evaluation.pairs,
+        [part.path for place in cfg.evaluation.pairs for part in files.parts_of(place, "evaluation.pairs", wants)],
         drop_empty=cfg.data.drop_empty,
         strict=cfg.data.strict,
         convert=lambda record, path: labelled_pair(record),
         separate_splits=False,
+        read=files.iter_records,
     )
     for reason, count in report.left_out.items():
         _note(session, f"labelled pairs: {reason}", count)

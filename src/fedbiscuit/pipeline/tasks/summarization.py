@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from fedbiscuit.data.material import Reference, read_references
+from fedbiscuit.data.sources import filtered_tldr
 from fedbiscuit.evaluation.rouge import lead, rouge, rouge_scorer
 from fedbiscuit.pipeline.answers import answers_of, candidates, mean_words
 from fedbiscuit.pipeline.judges import judges_of, verdicts
@@ -77,8 +77,8 @@ def _references(session: Session) -> tuple[list[str], list[Reference]]:
         fresh = [one for one in found if one.prompt not in seen]
         if len(fresh) < len(found):
             session.left_out["posts with a reference that the policy was trained on"] = len(found) - len(fresh)
-    elif cfg.data.source == "tldr":
-        files, apart = _tldr_files(cfg.data.path), set(session.held_out_prompts)
+    elif cfg.data.source in ("tldr", "tldr_sft"):
+        files, apart = [part.path for part in filtered_tldr(cfg.data.path)], set(session.held_out_prompts)
         fresh = list(
             {one.prompt: one for path in files for one in read_references(path) if one.prompt in apart}.values()
         )
@@ -101,14 +101,3 @@ def _references(session: Session) -> tuple[list[str], list[Reference]]:
 def _answerable(session: Session, references: Sequence[Reference]) -> list[Reference]:
     room = set(session.answerable([one.prompt for one in references]))
     return [one for one in references if one.prompt in room]
-
-
-def _tldr_files(paths: Sequence[str]) -> list[str]:
-    """train, valid and test of the filtered TL;DR, beside the comparisons or in a folder of their own."""
-    endings = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-    files = []
-    for stem in ("train", "valid", "test"):
-        folders = [folder for path in paths for folder in (Path(path), Path(path) / "tldr_3_filtered")]
-        places = (folder / f"{stem}{ending}" for folder in folders for ending in endings)
-        files += [str(place) for place in places if place.is_file()][:1]
-    return files
