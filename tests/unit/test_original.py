@@ -10,6 +10,8 @@ import pytest
 from fedbiscuit.config import dump_config, load_translated, parse_config
 from fedbiscuit.data.sources import read_prompts
 from fedbiscuit.original import DATA, KEYS
+from fedbiscuit.pipeline import run_all, train_selectors
+from fedbiscuit.strict_yaml import read_yaml
 from fedbiscuit.types import ConfigError, DataError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -98,6 +100,60 @@ def test_a_key_that_is_idle_in_this_kind_of_file_is_told_and_changes_nothing(tmp
     assert (cfg.selectors.local.dpo_beta, cfg.data.choice_tokens) == (0.1, (" A", " B"))
 
 
+TRAINERS = {"choice": "llmrewardchoicetrainer", "dpo": "llmdporewardtrainer", "sft": "llmtrainer"}
+OTHERS = {
+    "federate.save_to": "checkpoints/other.ckpt", "expname": "e1/other", "data.root": "elsewhere", "data.splits": "[0.8, 0.1, 0.1]",
+    "data.splitter": "lda", "llm.adapter.args": "[{r: 5}]", "llm.adapter.count": 4, "train.optimizer.type": "SGD",
+    "train.optimizer.betas": "(0.8, 0.7)", "criterion.type": "MAELoss", "trainer.choices": "[C, D]", "eval.metrics": "[acc]",
+    "eval.best_res_update_round_wise_key": "test_loss", "model.type": "b@huggingface_llm", "federate.total_round_num": 700, "llm.tok_len": 700,
+}  # fmt: skip
+"""Another value of an old key than the examples have; keys that permit one value only are not here."""
+
+
+@pytest.mark.parametrize(("kind", "job"), [(kind, job) for kind, (job, _) in DATA.items()])
+@pytest.mark.parametrize("off", ["use_gpu", "llm.adapter.warmup.use", ""])
+def test_every_old_key_has_an_effect_or_says_that_it_has_none(kind, job, off):
+    fixed = [f"data.type={kind}@llm", "data.splitter=iid", *([f"{off}=False"] if off else [])]
+    fixed += [f"trainer.type={TRAINERS[job]}"] if job in TRAINERS else []
+    fixed += ["llm.adapter.count=1"] if job in ("sft", "dpo") else []
+    words = {word.partition("=")[0]: word for word in fixed}
+    path = RLHF if job == "align" else SELECTOR
+    before = load_translated(path, fixed)[0]
+    silent = []
+    for key, known in KEYS.items():
+        other = OTHERS.get(key) if known.kind in (str, list) else {bool: "True", int: 7, float: 0.3}[known.kind]
+        other = "False" if known.kind is bool and old_value(path, key) is True else OTHERS.get(key, other)
+        if other is None or key in ("data.type", "llm.adapter.use", "llm.adapter.grouping.use", "federate.online_aggr"):
+            continue
+        if key in words and key != "data.splitter":
+            continue
+        after, notes = load_translated(path, [*(word for word in fixed if not word.startswith(f"{key}=")), f"{key}={other}"])
+        told = any(note.startswith(f"{key}:") and "no effect" in note for note in notes)
+        silent += [] if (after != before) != told else [(key, told)]
+    assert silent == []
+
+
+def old_value(path: Path, key: str):
+    found = read_yaml(path).value
+    for part in key.split("."):
+        found = found.get(part, {}) if isinstance(found, dict) else {}
+    return found
+
+
+def test_an_old_file_that_aligns_trains_no_selectors_of_its_own(tmp_path):
+    cfg, _ = load_translated(RLHF, [f"runs_dir={tmp_path}"])
+    for stage in (train_selectors, run_all):
+        with pytest.raises(ConfigError, match=r"selectors\.rounds: 0 rounds train no selectors; take those of another run"):
+            stage(cfg)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_annotators_of_a_set_that_names_none_are_refused_by_the_old_key():
+    text = MINIMAL.replace("reddit-tldr-comparison-choice", "shp-comparison")
+    with pytest.raises(ConfigError, match=r"old\.yaml:1: data\.splitter: meta is by annotator, and shp-comparison names none"):
+        parse_config(text, name="old.yaml")
+
+
 def test_several_selectors_label_by_majority_as_there():
     cfg, notes = load_translated(RLHF)
     assert cfg.labels.vote == "majority"
@@ -125,7 +181,7 @@ def test_one_adapter_is_plain_averaging_over_the_cohort():
 
 @pytest.mark.parametrize(("kind", "expected"), DATA.items())
 def test_each_kind_of_data_says_what_is_trained(kind, expected):
-    cfg = parse_config(MINIMAL.replace("reddit-tldr-comparison-choice", kind) + "federate: {client_num: 4}")
+    cfg = parse_config(MINIMAL.replace("reddit-tldr-comparison-choice", kind), ["data.splitter=iid", "federate.client_num=4"])
     job, source = expected
     assert cfg.data.source == source
     assert cfg.selectors.local.objective == (job if job in ("sft", "dpo") else "choice")
@@ -160,7 +216,8 @@ def test_posts_of_tldr_in_the_folder_of_shp_do_not_become_its_prompts(tmp_path):
 
 
 def test_fine_tuning_on_summaries_of_people_is_federated_sft():
-    cfg = parse_config(MINIMAL.replace("reddit-tldr-comparison-choice", "reddit-tldr-finetuning"))
+    text = MINIMAL.replace("reddit-tldr-comparison-choice", "reddit-tldr-finetuning")
+    cfg = parse_config(text, ["data.splitter=iid", "federate.client_num=4"])
     assert (cfg.data.source, cfg.data.template, cfg.selectors.local.objective) == ("tldr_sft", "tldr", "sft")
     assert cfg.generation.system.startswith("Summarize")
 
@@ -169,7 +226,7 @@ def test_long_training_comparisons_are_left_out_for_shp_only():
     limits = {}
     for kind, (job, _) in DATA.items():
         text = MINIMAL.replace("reddit-tldr-comparison-choice", kind) + "federate: {client_num: 4}"
-        limits[kind] = parse_config(text).data.max_train_tokens
+        limits[kind] = parse_config(text, ["data.splitter=iid"]).data.max_train_tokens
         assert limits[kind] == (512 if kind.startswith("shp") and job != "align" else 0)
 
 
@@ -209,7 +266,12 @@ def test_warmup_and_grouping_can_be_switched_as_there():
         ("train: {optimizer: {momentum: 0.9}}", r"train\.optimizer\.momentum: not a key"),
         ("trainer: {type: llmtrainer}", "does not fit data.type reddit-tldr-comparison-choice, which is for llmrewardchoicetrainer"),
         ("trainer: {choices: [A]}", "expected two letters"),
-        ("federate: {total_round_num: 0}", r"old\.yaml:4: federate\.total_round_num: selectors\.rounds: 0 is not permitted"),
+        ("federate: {total_round_num: 0}", r"old\.yaml:4: federate\.total_round_num: 0 is not permitted; it must be at least 1"),
+        ("train: {local_update_steps: -1}", r"old\.yaml:4: train\.local_update_steps: -1 is not permitted; it must be at least 1"),
+        ("train: {optimizr: {type: SGD}}", r"train\.optimizr\.type: not .* nearest is train\.optimizer\.type"),
+        ("llm.grouping.round: 3", r"llm\.grouping\.round: not .* nearest is llm\.adapter\.grouping\.round"),
+        ("llm.adapter.groupings.use: True", r"nearest is llm\.adapter\.grouping\.use"),
+        ("optimizer: {type: SGD}", r"optimizer\.type: not .* nearest is train\.optimizer\.type"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_an_old_file_is_named_with_its_line_and_old_key(text, message):
