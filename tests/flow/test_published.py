@@ -54,7 +54,8 @@ def posts(tmp_path) -> Path:
 
 
 def test_a_policy_is_fine_tuned_on_summaries_and_evaluated_on_posts_that_it_never_saw(settings, posts):
-    run = pipeline.run_all(settings("tldr_sft", posts, "sft"))
+    cfg = settings("tldr_sft", posts, "sft")
+    run = pipeline.run_all(cfg)
     assert (run / "policy" / "adapter_model.safetensors").is_file()
     result = json.loads((run / "evaluation.json").read_text())
     assert result["selectors"] is None
@@ -62,6 +63,11 @@ def test_a_policy_is_fine_tuned_on_summaries_and_evaluated_on_posts_that_it_neve
     numbers = [int(example["prompt"].removeprefix("post ")) for example in result["policy"]["examples"]]
     assert len(numbers) == 3
     assert min(numbers) >= 24  # of 40 posts the first 60% are trained on
+    pytest.importorskip("rouge_score")
+    pipeline.evaluate_task(cfg, "summarization")
+    found = json.loads((run / "evaluations" / "summarization.json").read_text())
+    assert found["references"] == [str(posts / "train.jsonl")]
+    assert found["posts"] == 3
     assert [json.loads(row)["round"] for row in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1]
 
 

@@ -161,7 +161,8 @@ def tldr_files(folder: Path) -> Path:
         {"id": f"t3_f{i}", "subreddit": "pets", "title": f"Title {i}", "post": f"Fresh {i}.", "summary": f"s {i}"}
         for i in range(50)
     ]
-    write_lines(folder / "test.jsonl", posts)
+    (folder / "openai" / "tldr_3_filtered").mkdir(parents=True)
+    write_lines(folder / "openai" / "tldr_3_filtered" / "test.jsonl", posts)
     return folder
 
 
@@ -175,7 +176,7 @@ def test_with_tl_dr_the_references_are_those_of_the_posts_that_were_held_out(tmp
     ]
     run = pipeline.run_all(config(tmp_path, tiny_model, "tldr", *changes))
     found = evaluate(run, "summarization")
-    assert found["references"] == [str(tmp_path / "tldr" / "test.jsonl")]
+    assert found["references"] == [str(tmp_path / "tldr" / "openai" / "tldr_3_filtered" / "test.jsonl")]
     with session_of(run) as session:
         held_out = session.held_out_prompts[:6]
         trained = set(session.prompts)

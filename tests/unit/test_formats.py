@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedbiscuit.config import DataSettings, PartitionSettings, parse_config
+from fedbiscuit.data.material import read_instructions, read_references
 from fedbiscuit.data.sources import load
 from fedbiscuit.types import ConfigError, DataError, EnvironmentFault
 
@@ -383,6 +384,27 @@ def test_posts_whose_only_comparison_is_left_out_are_still_posts_that_people_com
     }
 
 
+def test_posts_of_tldr_stand_in_a_folder_beside_comparisons_from_the_hub(tmp_path):
+    hub, folder = tmp_path / "summarize_from_feedback", tmp_path / "mine" / "filtered"
+    full = news(0) | {"info": dict.fromkeys(("id", "post", "title", "subreddit", "article"), "x")}
+    table(hub / "train-00000-of-00001.parquet", *(summary(i, f"w{i % 2}") for i in range(20)), like=full)
+    lines(folder / "train.jsonl", *(post(i) for i in range(40)))
+    for places in ((f"hub:{hub}", folder), (tmp_path / "mine", f"hub:{hub}")):
+        dataset = read("tldr", *places, partition=PartitionSettings())
+        assert {c.prompt for c in everything(dataset)} == {f"post {i}" for i in range(20)}
+        assert sorted(dataset.prompts + dataset.held_out_prompts) == [f"post {i}" for i in range(32, 40)]
+        assert dataset.no_others == ""
+        assert not any("batches not there" in message for message in dataset.warnings)
+        tuned = read("tldr_sft", *places)
+        assert {c.prompt: c.chosen for c in everything(tuned)} == {f"post {i}": f"good {i}" for i in range(20, 32)}
+        assert (tuned.prompts, tuned.held_out_prompts) == (dataset.prompts, dataset.held_out_prompts)
+    assert "put train.jsonl, valid.jsonl and test.jsonl of tldr_3_filtered into a folder, and name it in data.path too" in (
+        read("tldr", f"hub:{hub}", partition=PartitionSettings()).no_others
+    )
+    with pytest.raises(ConfigError, match=r"data\.path: tldr_sft wants a folder with .* as \[hub:OWNER/NAME/comparisons, FOLDER\]"):
+        read("tldr_sft", f"hub:{hub}")
+
+
 def test_tldr_summaries_without_the_comparisons_say_that_none_are_left_out(tmp_path):
     lines(tmp_path / "train.jsonl", post(20) | {"summary": " "}, *(post(i) for i in range(19)))
     dataset = read("tldr_sft", tmp_path)
@@ -392,6 +414,21 @@ def test_tldr_summaries_without_the_comparisons_say_that_none_are_left_out(tmp_p
 
 
 # The Hub
+
+
+def test_what_evaluations_read_comes_from_a_set_on_the_hub_or_a_folder_too(tmp_path):
+    lines(tmp_path / "alpaca" / "eval.jsonl", {"instruction": "Do.", "dataset": "koala"}, {"instruction": "Go."})
+    lines(tmp_path / "posts" / "test.jsonl", post(1), {"prompt": "q", "reference": "r"})
+    for place in (tmp_path / "alpaca", f"hub:{tmp_path / 'alpaca'}"):
+        assert [(one.text, one.dataset or "alpaca") for one in read_instructions(str(place))] == [("Do.", "koala"), ("Go.", "alpaca")]
+    for place in (tmp_path / "posts", tmp_path / "posts" / "test.jsonl"):
+        assert [(one.prompt, one.summary) for one in read_references(str(place))] == [("post 1", "good 1"), ("q", "r")]
+    with pytest.raises(DataError, match=r"hub:no/such-set.*or put records with `post` and `summary`.* name it in evaluation\.references"):
+        read_references("hub:no/such-set")
+    with pytest.raises(DataError, match=r"hub:no/such-set.*name it in evaluation\.instructions"):
+        read_instructions("hub:no/such-set")
+    with pytest.raises(DataError, match=r"no such file or folder; put there records with `instruction`"):
+        read_instructions(str(tmp_path / "none.json"))
 
 
 def test_a_set_with_configurations_is_read_by_name_and_only_that_one(tmp_path, monkeypatch):
