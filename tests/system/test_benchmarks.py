@@ -34,3 +34,20 @@ def test_every_piece_of_the_speed_benchmark_runs_on_a_tiny_model(family, request
         "generation,",
     ]
     assert len({row.count("|") for row in rows}) == 1
+
+
+def test_the_benchmark_of_reward_models_trains_and_evaluates_both_kinds(tiny_model):
+    changes = {
+        "model.base": tiny_model, "model.lora.layers_to_transform": "[]", "data.max_tokens": 500, "data.demo.num_clients": 3,
+        "data.demo.comparisons_per_client": 12, "data.demo.validation_per_client": 2, "data.demo.test_per_client": 4,
+        "selectors.rounds": 1, "selectors.cohort_size": 2, "selectors.local.steps": 1, "evaluation.bootstrap": 20,
+    }  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "fedrm.py", *(f"{key}={value}" for key, value in changes.items())],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr + found.stdout
+    rows = [line.split(" | ") for line in found.stdout.splitlines() if line.startswith("| Fed")]
+    assert [row[0].split(":")[0] for row in rows] == ["| FedBis", "| FedRM"]
+    assert all(0 <= float(row[1]) <= 1 and int(row[5].split()[0]) > 50 for row in rows)
+    assert "seconds: FedBis takes " in found.stdout
