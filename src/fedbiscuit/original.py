@@ -442,9 +442,7 @@ KEYS: dict[str, Key] = {
         bool, False, "model.dtype", "model.dtype", lambda value, old: "bfloat16" if value else "float32"
     ),
     "criterion.type": Key(str, "MSELoss", why="each kind of training has its one loss"),
-    "trainer.type": Key(
-        str, "", idle=lambda old: "there is one way to align" if old["job"] == "align" else ""
-    ),
+    "trainer.type": Key(str, "", idle=lambda old: "there is one way to align" if old["job"] == "align" else ""),
     "trainer.choices": Key(
         list,
         None,

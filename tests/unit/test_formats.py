@@ -398,10 +398,13 @@ def test_posts_of_tldr_stand_in_a_folder_beside_comparisons_from_the_hub(tmp_pat
         tuned = read("tldr_sft", *places)
         assert {c.prompt: c.chosen for c in everything(tuned)} == {f"post {i}": f"good {i}" for i in range(20, 32)}
         assert (tuned.prompts, tuned.held_out_prompts) == (dataset.prompts, dataset.held_out_prompts)
-    assert "put train.jsonl, valid.jsonl and test.jsonl of tldr_3_filtered into a folder, and name it in data.path too" in (
-        read("tldr", f"hub:{hub}", partition=PartitionSettings()).no_others
+    assert (
+        "put train.jsonl, valid.jsonl and test.jsonl of tldr_3_filtered into a folder, and name it in data.path too"
+        in (read("tldr", f"hub:{hub}", partition=PartitionSettings()).no_others)
     )
-    with pytest.raises(ConfigError, match=r"data\.path: tldr_sft wants a folder with .* as \[hub:OWNER/NAME/comparisons, FOLDER\]"):
+    with pytest.raises(
+        ConfigError, match=r"data\.path: tldr_sft wants a folder with .* as \[hub:OWNER/NAME/comparisons, FOLDER\]"
+    ):
         read("tldr_sft", f"hub:{hub}")
 
 
@@ -420,10 +423,16 @@ def test_what_evaluations_read_comes_from_a_set_on_the_hub_or_a_folder_too(tmp_p
     lines(tmp_path / "alpaca" / "eval.jsonl", {"instruction": "Do.", "dataset": "koala"}, {"instruction": "Go."})
     lines(tmp_path / "posts" / "test.jsonl", post(1), {"prompt": "q", "reference": "r"})
     for place in (tmp_path / "alpaca", f"hub:{tmp_path / 'alpaca'}"):
-        assert [(one.text, one.dataset or "alpaca") for one in read_instructions(str(place))] == [("Do.", "koala"), ("Go.", "alpaca")]
+        assert [(one.text, one.dataset or "alpaca") for one in read_instructions(str(place))] == [
+            ("Do.", "koala"),
+            ("Go.", "alpaca"),
+        ]
     for place in (tmp_path / "posts", tmp_path / "posts" / "test.jsonl"):
         assert [(one.prompt, one.summary) for one in read_references(str(place))] == [("post 1", "good 1"), ("q", "r")]
-    with pytest.raises(DataError, match=r"hub:no/such-set.*or put records with `post` and `summary`.* name it in evaluation\.references"):
+    with pytest.raises(
+        DataError,
+        match=r"hub:no/such-set.*or put records with `post` and `summary`.* name it in evaluation\.references",
+    ):
         read_references("hub:no/such-set")
     with pytest.raises(DataError, match=r"hub:no/such-set.*name it in evaluation\.instructions"):
         read_instructions("hub:no/such-set")

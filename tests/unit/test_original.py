@@ -127,7 +127,9 @@ def test_every_old_key_has_an_effect_or_says_that_it_has_none(kind, job, off):
             continue
         if key in words and key != "data.splitter":
             continue
-        after, notes = load_translated(path, [*(word for word in fixed if not word.startswith(f"{key}=")), f"{key}={other}"])
+        after, notes = load_translated(
+            path, [*(word for word in fixed if not word.startswith(f"{key}=")), f"{key}={other}"]
+        )
         told = any(note.startswith(f"{key}:") and "no effect" in note for note in notes)
         silent += [] if (after != before) != told else [(key, told)]
     assert silent == []
@@ -143,14 +145,18 @@ def old_value(path: Path, key: str):
 def test_an_old_file_that_aligns_trains_no_selectors_of_its_own(tmp_path):
     cfg, _ = load_translated(RLHF, [f"runs_dir={tmp_path}"])
     for stage in (train_selectors, run_all):
-        with pytest.raises(ConfigError, match=r"selectors\.rounds: 0 rounds train no selectors; take those of another run"):
+        with pytest.raises(
+            ConfigError, match=r"selectors\.rounds: 0 rounds train no selectors; take those of another run"
+        ):
             stage(cfg)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_annotators_of_a_set_that_names_none_are_refused_by_the_old_key():
     text = MINIMAL.replace("reddit-tldr-comparison-choice", "shp-comparison")
-    with pytest.raises(ConfigError, match=r"old\.yaml:1: data\.splitter: meta is by annotator, and shp-comparison names none"):
+    with pytest.raises(
+        ConfigError, match=r"old\.yaml:1: data\.splitter: meta is by annotator, and shp-comparison names none"
+    ):
         parse_config(text, name="old.yaml")
 
 
@@ -181,7 +187,9 @@ def test_one_adapter_is_plain_averaging_over_the_cohort():
 
 @pytest.mark.parametrize(("kind", "expected"), DATA.items())
 def test_each_kind_of_data_says_what_is_trained(kind, expected):
-    cfg = parse_config(MINIMAL.replace("reddit-tldr-comparison-choice", kind), ["data.splitter=iid", "federate.client_num=4"])
+    cfg = parse_config(
+        MINIMAL.replace("reddit-tldr-comparison-choice", kind), ["data.splitter=iid", "federate.client_num=4"]
+    )
     job, source = expected
     assert cfg.data.source == source
     assert cfg.selectors.local.objective == (job if job in ("sft", "dpo") else "choice")

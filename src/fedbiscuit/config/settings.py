@@ -387,11 +387,12 @@ class EvaluationSettings(Section):
     )
     best_of: Annotated[int, Field(ge=2, le=1024)] = Field(16, description="task best-of-n: answers a prompt")
     pairs: Paths = Field(
-        (), description="task agreement: labelled pairs (files, folders or hub:...), as comparisons or as RewardBench has them"
+        (),
+        description="task agreement: labelled pairs (files, folders or hub:...), as comparisons or as RewardBench has them",
     )
     instructions: str = Field(
         "",
-        description="task alpaca-eval: instructions (a file, a folder or hub:..., with `instruction` or `prompt`; or .txt, one a line)",
+        description="task alpaca-eval: instructions (a file, a folder or hub:..., with `instruction` or `prompt`; or a .txt)",
     )
 
 

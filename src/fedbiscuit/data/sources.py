@@ -226,8 +226,8 @@ def _read_published(settings: DataSettings, compared: set[str] | None = None) ->
     missing = sorted((form.parts or frozenset()) - {part.name for part in parts.values()}, key=_number_in)
     if settings.source == "tldr" and missing and not any(path.startswith(HUB) for path in settings.path):
         report.warnings.append(
-            f"{', '.join(settings.path)}: batches not there: {', '.join(str(_number_in(name)) for name in missing)}; the paper uses "
-            "all of 3 to 20 and 22"
+            f"{', '.join(settings.path)}: batches not there: {', '.join(str(_number_in(name)) for name in missing)}; the "
+            "paper uses all of 3 to 20 and 22"
         )
     return comparisons, report
 
