@@ -1,4 +1,4 @@
-"""Why a binary selector: FedBis and FedRM on the same comparisons, rounds and settings. Accuracy, seconds and memory side by side.
+"""Why a binary selector: FedBis and FedRM on the same comparisons and settings. Accuracy, seconds and memory side by side.
 
     python benchmarks/fedrm.py [key=value ...] [--config CONFIG] [--seeds 3]
 
