@@ -91,8 +91,8 @@ def test_a_wrong_override_says_what_to_write(words, told):
 
 
 def test_the_place_of_a_wrong_value_is_the_last_that_set_it():
-    assert problem_of("selectors:\n  rounds: 0\n").startswith("f.yaml:2: selectors.rounds: 0 is not permitted")
-    assert problem_of("selectors:\n  rounds: 0\n", "selectors.rounds=-2").startswith(
+    assert problem_of("selectors:\n  rounds: -1\n").startswith("f.yaml:2: selectors.rounds: -1 is not permitted")
+    assert problem_of("selectors:\n  rounds: -1\n", "selectors.rounds=-2").startswith(
         "command line: selectors.rounds: -2"
     )
 
@@ -215,8 +215,8 @@ def test_a_config_that_extends_another_has_its_settings_under_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("under", "own", "told"),
     [
-        ("selectors:\n  rounds: 0", "extends: under.yaml", r"under\.yaml:2: selectors\.rounds"),
-        ("selectors:\n  rounds: 0", "extends: under.yaml\nselectors: {rounds: -1}", r"own\.yaml:2: selectors\.rounds"),
+        ("selectors:\n  rounds: -3", "extends: under.yaml", r"under\.yaml:2: selectors\.rounds"),
+        ("selectors:\n  rounds: -3", "extends: under.yaml\nselectors: {rounds: -1}", r"own\.yaml:2: selectors\.rounds"),
         ("seed: 1", "\nextends: 7", r"own\.yaml:2: extends: 7 is not the path"),
         ("seed: 1", "extends: no.yaml", r"own\.yaml:1: extends: there is no file .*no\.yaml"),
         ("extends: own.yaml", "extends: under.yaml", r"under\.yaml:1: extends: own\.yaml is this file, or extends it"),
