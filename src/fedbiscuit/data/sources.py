@@ -337,7 +337,8 @@ def _prompt_lines(path: str) -> tuple[list[str], dict[str, str]]:
 def filtered_tldr(paths: Iterable[str]) -> list[Part]:
     """train, valid and test of OpenAI's filtered TL;DR, which has summaries by people, in these folders or below them."""
     folders = [path for path in paths if Path(path).is_dir()]
-    found = [part for folder in folders for part in parts_of(folder, "data.path", "") if part.name in TLDR_FILES]
+    wants = FORMATS["tldr"].wants
+    found = [part for folder in folders for part in parts_of(folder, "data.path", wants) if part.name in TLDR_FILES]
     return sorted(found, key=lambda part: TLDR_FILES.index(part.name))
 
 
