@@ -132,6 +132,16 @@ def test_selectors_of_dialogues_label_answers_to_prompts_about_safety(settings, 
     ]
 
 
+@pytest.mark.parametrize("objective", ["choice", "sft", "dpo"])
+def test_long_prompts_are_shortened_and_counted_whoever_is_trained(settings, tmp_path, objective):
+    rows = [
+        {"prompt": "why " * (200 if i < 7 else 1), "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(30)
+    ]
+    lines(tmp_path / "pairs.jsonl", *rows)
+    run = pipeline.train_selectors(settings("trl", tmp_path / "pairs.jsonl", objective, "data.max_tokens=400"))
+    assert json.loads((run / "left_out.json").read_text())["shortened_prompts"] == 7
+
+
 def test_the_original_files_of_shp_train_selectors_and_align_on_questions_that_nobody_trained_on(
     tiny_model, tmp_path, monkeypatch
 ):

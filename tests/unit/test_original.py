@@ -10,7 +10,7 @@ import pytest
 from fedbiscuit.config import dump_config, load_translated, parse_config
 from fedbiscuit.data.sources import read_prompts
 from fedbiscuit.original import DATA, KEYS
-from fedbiscuit.pipeline import run_all, train_selectors
+from fedbiscuit.pipeline import align, run_all, train_selectors
 from fedbiscuit.strict_yaml import read_yaml
 from fedbiscuit.types import ConfigError, DataError
 
@@ -149,6 +149,10 @@ def test_an_old_file_that_aligns_trains_no_selectors_of_its_own(tmp_path):
             ConfigError, match=r"selectors\.rounds: 0 rounds train no selectors; take those of another run"
         ):
             stage(cfg)
+    with pytest.raises(
+        ConfigError, match="there is no run here; name the run whose selectors label, as in `fedbiscuit align"
+    ):
+        align(cfg)
     assert list(tmp_path.iterdir()) == []
 
 

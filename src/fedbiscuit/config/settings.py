@@ -172,7 +172,7 @@ class DataSettings(Section):
         (" A", " B"), description="how the letters follow the template; one token each"
     )
     max_tokens: Annotated[int, Field(ge=16, le=10**6)] = Field(
-        1024, description="longest selector input; the prompt is shortened to fit, the answers never"
+        1024, description="longest input in training; the prompt is shortened to fit, the answers never"
     )
     partition: PartitionSettings = Field(default_factory=PartitionSettings)
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(

@@ -213,13 +213,14 @@ class Session:
 
     def _fitting(self, comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
         encoded, too_long = self.selector.encode(comparisons)
+        self.too_long += [str(comparison.id) for comparison in too_long]
+        longer = {id(comparison) for comparison in too_long}
+        fitting = tuple(comparison for comparison in comparisons if id(comparison) not in longer)
         if self.cfg.selectors.local.objective == "choice":
             self.shortened += sum(item.cut > 0 for item in encoded)
         else:
-            self.shortened += sum(map(self._is_shortened, comparisons))
-        self.too_long += [str(comparison.id) for comparison in too_long]
-        longer = {id(comparison) for comparison in too_long}
-        return tuple(comparison for comparison in comparisons if id(comparison) not in longer)
+            self.shortened += sum(map(self._is_shortened, fitting))
+        return fitting
 
     def _is_shortened(self, one: Comparison) -> bool:
         """Whether clients who train the policy read a part of the prompt only."""
@@ -305,9 +306,10 @@ def open_run(cfg: Config, progress: Progress, devices: int = 1) -> contextlib.Ab
     """A run that is trained, to go on in it with a later stage; seen before a model is loaded."""
     path = run_path(cfg.runs_dir, cfg.name)
     if not (path / "config.yaml").exists():
+        train = "train its selectors first: `fedbiscuit train CONFIG`, or " if cfg.selectors.rounds else ""
         raise ConfigError(
-            f"{path}: there is no run here; train its selectors first: `fedbiscuit train CONFIG`, or name the run whose "
-            "selectors label, as in `fedbiscuit align CONFIG --selector runs/OTHER`"
+            f"{path}: there is no run here; {train}name the run whose selectors label, as in `fedbiscuit align CONFIG "
+            "--selector runs/OTHER`"
         )
     other = load_config(path / "config.yaml").labels.selectors
     if other and not cfg.labels.selectors:
