@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fedbiscuit import pipeline
 from fedbiscuit.cli import main
@@ -340,6 +341,41 @@ def test_alpaca_eval_gets_a_list_of_answers_from_the_raw_and_the_aligned_policy(
         assert {(one["generator"], one["dataset"]) for one in outputs} == {(name, "koala")}
         assert [one["instruction"] for one in outputs] == ["Do 0.", "Do 1.", "Do 2."]
     assert [one["output"] for one in raw] != [one["output"] for one in aligned]
+
+
+def test_the_package_alpaca_eval_reads_both_files_and_counts_as_by_hand(finished, tmp_path, monkeypatch):
+    alpaca = pytest.importorskip("alpaca_eval", reason="pip install alpaca-eval==0.6.6 'setuptools<81'")
+    completions = pytest.importorskip("alpaca_eval.decoders.test")
+    (tmp_path / "asked.json").write_text(
+        json.dumps([{"instruction": f"Do {i}.", "dataset": "koala"} for i in range(5)])
+    )
+    found = evaluate(finished, "alpaca-eval", f"evaluation.instructions={tmp_path / 'asked.json'}")
+    raw, aligned = (finished / one["file"] for one in found["policies"])
+
+    def by_alphabet(prompts, **_):
+        pairs = [prompt.split("<|>")[1:] for prompt in prompts]
+        said = ["tie" if one == two else "first" if one > two else "second" for one, two in pairs]
+        zeros = [0.0] * len(said)
+        return {"completions": said, "completions_all": said, "price_per_example": zeros, "time_per_example": zeros}
+
+    monkeypatch.setattr(completions, "test_completions", by_alphabet)
+    judge = tmp_path / "alphabet"
+    judge.mkdir()
+    (judge / "prompt.txt").write_text("{instruction}<|>{output_1}<|>{output_2}")
+    reading = {"outputs_to_match": {1: "^first$", 2: "^second$", 1.5: "^tie$"}}
+    how = {"prompt_template": str(judge / "prompt.txt"), "fn_completions": "test_completions", "batch_size": 1,
+           "fn_completion_parser": "regex_parser", "completion_parser_kwargs": reading}  # fmt: skip
+    (judge / "configs.yaml").write_text(yaml.safe_dump({"alphabet": how}))
+    board, _ = alpaca.evaluate(
+        model_outputs=str(aligned), reference_outputs=str(raw), annotators_config=judge, precomputed_leaderboard=None,
+        fn_metric="get_winrate", sort_by="win_rate", output_path=None, caching_path=None, is_return_instead_of_print=True,
+    )  # fmt: skip
+    texts = [[one["output"] for one in json.loads(path.read_text())] for path in (raw, aligned)]
+    wins = [1.0 if two > one else 0.5 if two == one else 0.0 for one, two in zip(*texts, strict=True)]
+    assert 0.0 in wins
+    assert 1.0 in wins
+    assert board["win_rate"].to_dict() == {"one-aligned": pytest.approx(100 * sum(wins) / len(wins))}
+    assert board["n_total"].to_dict() == {"one-aligned": 5}
 
 
 # Perplexity
