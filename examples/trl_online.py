@@ -26,10 +26,14 @@ from fedbiscuit import Selector
 
 
 def reward_of(selector: Selector) -> Any:
-    """A reward function as TRL calls it: prompts and completions of one or more groups, a number for each completion."""
+    """A reward function as TRL calls it: prompts and completions of one or more groups, a number for each completion.
 
-    def wins_against_its_group(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        return selector.win_rates(prompts, completions)
+    Where the selector's template shows more, such as TL;DR's titles, the dataset has columns of these names.
+    """
+
+    def wins_against_its_group(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        fields = [{name: columns[name][i] for name in selector.fields} for i in range(len(prompts))]
+        return selector.win_rates(prompts, completions, fields=fields)
 
     return wins_against_its_group
 

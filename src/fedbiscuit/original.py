@@ -138,7 +138,8 @@ def _implied(old: Old) -> Iterator[tuple[str, Any, str]]:
         TEMPLATES.get(source, source),
         "our own words; a file with the original's wording can stand there",
     )
-    yield f"{training}.max_grad_norm", 0.0, "the original does not clip gradients"
+    for part in (LOCAL, "alignment") if job == "choice" else (training,):
+        yield f"{part}.max_grad_norm", 0.0, "the original does not clip gradients"
     if old["train.optimizer.type"].lower() == "adamw" and old["train.optimizer.weight_decay"] is None:
         yield f"{training}.weight_decay", 0.01, "what torch's AdamW takes where a file is silent"
     if kind in ASKED:
@@ -151,11 +152,10 @@ def _implied(old: Old) -> Iterator[tuple[str, Any, str]]:
         yield f"{LOCAL}.objective", job, "by data.type"
     if job == "align":
         yield "selectors.rounds", 0, "by data.type; the selectors are those of another run, named with --selector"
-    if job != "choice":
-        yield "generation.chat", False, "the original writes to plain prompts"
-    if job != "choice" and source in ("tldr", "tldr_sft"):
+    yield "generation.chat", False, "the original writes to plain prompts"
+    if source in ("tldr", "tldr_sft"):
         yield "generation.system", SUMMARIZE, "so that the policy knows what to do with a post; in our own words"
-    if job == "align":
+    if job in ("align", "choice"):
         yield "labels.vote", "majority", "as there, but a tie is decided by the mean; mean is our own default"
     if job == "choice" and old["llm.adapter.count"] > 1:
         yield (

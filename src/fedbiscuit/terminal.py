@@ -26,6 +26,8 @@ __all__ = [
     "print_task",
 ]
 
+NARROWEST = 24
+"""Columns of a table to which a long name may shrink."""
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -177,7 +179,7 @@ def print_judgements(protocol: str, found: Sequence[Mapping[str, Any]]) -> None:
     }
     changed = sum(one["inconsistent"]["count"] for one in found)
     if first["orders"] == "both":
-        told = "Preferred another answer in the other order, counted as ties"
+        told = "Did not say the same in the other order, counted as ties"
         print(f"  {told}: {changed} of {prompts} ({_percent(changed / prompts)})")
     before = sum(one["replies_from_before"] for one in found)
     print(f"  Replies in all: {unread['asked'] - unread['refused']}, from an earlier time: {before}")
@@ -240,20 +242,33 @@ def _wins(judge: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 110) -> None:
-    """Aligned columns: the first to the left, the others to the right; bold header on a terminal."""
+    """Aligned columns: the first to the left, the others to the right; bold header on a terminal.
+
+    Where they are wider than ``width`` or the terminal, names go on in the next line. Numbers are never cut.
+    """
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    cells = [[clean(cell).replace("–", "-") for cell in row] for row in rows]  # one dash, whoever made the table
+    table, least = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0)), 0
     for number, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(clean(cell).replace("–", "-")) for cell in row))  # one dash, whoever made the table
+        texts = [name, *(row[number] for row in cells)]
+        is_name = any(letter.isalpha() for text in texts[1:] for letter in text)
+        longest = max(map(cell_len, texts))
+        narrowest = min(longest, NARROWEST) if is_name else longest
+        least += narrowest + (3 if number else 0)
+        table.add_column(
+            Text(name), justify="right" if number else "left", no_wrap=not is_name, overflow="fold", min_width=narrowest
+        )
+    for row in cells:
+        table.add_row(*map(Text, row))
     console = Console() if sys.stdout.isatty() else Console(width=1000)
-    for line in console.render_lines(table, console.options.update(width=min(console.width - 2, width)), pad=False):
+    room = max(least, min(console.width - 2, width))
+    for line in console.render_lines(table, console.options.update(width=room), pad=False):
         text = "".join(segment.text for segment in line).rstrip()
-        console.print(Text("  " + text))
+        console.print(Text("  " + text), soft_wrap=True)
 
 
 def _percent(share: float | None) -> str:

@@ -324,7 +324,10 @@ def test_selectors_of_another_run_judge_the_policy_and_it_is_said_whose_they_are
 def test_a_judge_that_cannot_judge_is_named_before_anything_is_computed(finished, tmp_path):
     run, cfg = finished
     before = (run / "evaluation.json").read_bytes()
-    for path, reason in ((tmp_path, "has no trained selectors"), (tmp_path / "missing", "has no trained selectors")):
+    (tmp_path / "sft" / "policy").mkdir(parents=True)
+    (tmp_path / "sft" / "config.yaml").touch()
+    none = "has no trained selectors"
+    for path, reason in ((tmp_path, none), (tmp_path / "missing", none), (tmp_path / "sft", "trained a policy and no")):
         asked = cfg.evaluation.model_copy(update={"judges": (str(path),)})
         with pytest.raises(ConfigError, match=f"evaluation.judges: .*{reason}"):
             pipeline.evaluate(cfg.model_copy(update={"evaluation": asked}))

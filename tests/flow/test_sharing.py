@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import yaml
 import fedbiscuit
 from fedbiscuit import Selector, cli, pipeline
 from fedbiscuit.config import ModelSettings, load_config, parse_config
-from fedbiscuit.data.encoding import load_template
+from fedbiscuit.data.encoding import load_template, parse_template
 from fedbiscuit.models import selector as reading
 from fedbiscuit.models.lm import load_lm
 from fedbiscuit.models.selector import choice_probability, letter_margins, vote
@@ -223,6 +224,32 @@ def test_pairs_that_cannot_be_read_are_named_or_get_what_was_asked_for(selector,
     assert "1 of 2 pairs are too long" in caplog.text
     with pytest.raises(DataError, match=r"pair 0: .*give three texts"):
         selector.choose([("q", "only one")])
+
+
+TITLED = "{title}: {prompt}\nA: {output_a}\nB: {output_b}\nBetter:"
+
+
+def test_what_a_template_shows_beside_the_prompt_comes_as_the_fourth_of_a_pair(selector):
+    titled = replace(selector, reader=replace(selector.reader, template=parse_template(TITLED, "titled")))
+    assert (selector.fields, titled.fields) == ((), ("title",))
+    told = titled.choose([(*pair, {"title": "t"}) for pair in PAIRS])
+    whole = [Comparison(*pair, meta={"fields": {"title": "t"}}) for pair in PAIRS]
+    assert told == titled.choose(whole) == selector.choose([(f"t: {prompt}", a, b) for prompt, a, b in PAIRS])
+    with pytest.raises(DataError, match=r'pair 0: this selector.s template shows title; give it .*\{"title": "..."\}'):
+        titled.choose(PAIRS)
+    rates = titled.win_rates(["p", "p"], ["12x", "7y"], fields=[{"title": "t"}] * 2)
+    assert rates[0] == titled.choose([("p", "12x", "7y", {"title": "t"})])[0]
+
+
+def test_the_card_of_such_a_selector_shows_how_it_is_asked(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "titled.txt").write_text(TITLED)
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    assert "template: choice" in text
+    config.write_text(text.replace("template: choice", f"template: {tmp_path / 'titled.txt'}"))
+    card = (fedbiscuit.export_run(tmp_path / "run", tmp_path / "to", selector=1) / "README.md").read_text()
+    assert 'selector.choose([("prompt", "answer one", "answer two", {"title": "..."})])' in card
 
 
 def test_temperature_and_vote_can_be_set_and_wrong_ones_are_refused(exported, tiny_model, selector):

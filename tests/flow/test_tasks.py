@@ -18,6 +18,7 @@ from fedbiscuit.models.rewards import load_reward_model
 from fedbiscuit.pipeline.answers import answers_of, moved
 from fedbiscuit.pipeline.judges import Gold, labeler, said
 from fedbiscuit.pipeline.session import open_run, silent
+from fedbiscuit.report.tasks import TABLES
 from fedbiscuit.types import rng_for
 
 
@@ -341,6 +342,9 @@ def test_alpaca_eval_gets_a_list_of_answers_from_the_raw_and_the_aligned_policy(
         assert {(one["generator"], one["dataset"]) for one in outputs} == {(name, "koala")}
         assert [one["instruction"] for one in outputs] == ["Do 0.", "Do 1.", "Do 2."]
     assert [one["output"] for one in raw] != [one["output"] for one in aligned]
+    assert found["system"] == ""
+    assert len(TABLES["alpaca-eval"][1](found)) == 1
+    assert "'Be brief.'" in TABLES["alpaca-eval"][1]({**found, "system": "Be brief."})[1]
 
 
 def test_the_package_alpaca_eval_reads_both_files_and_counts_as_by_hand(finished, tmp_path, monkeypatch):
@@ -510,6 +514,9 @@ def test_a_stage_that_is_missing_is_named_with_its_command(tmp_path, tiny_model,
         words = [f"evaluation.instructions={file}", f"evaluation.references={file}"]
         assert main(["evaluate", str(run), "--task", task, *words]) == 2
         assert f"run `fedbiscuit align {run}` first" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--checkpoints"]) == 0
+    assert "nothing was kept along the way, so only the last is looked at" in capsys.readouterr().err
     shutil.rmtree(run / "selectors")
     assert main(["evaluate", str(run), "--task", "agreement", f"evaluation.pairs={tmp_path / 'world.jsonl'}"]) == 2
     assert f"run `fedbiscuit train {run}` first" in capsys.readouterr().err

@@ -66,6 +66,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Calls]:
             run_dir = Path(cfg.runs_dir) / cfg.name
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "evaluation.json").write_text(json.dumps(EVALUATION))
+            (run_dir / "labels.json").write_text(
+                json.dumps({"pairs": 3, "left_out": {"tie": 0, "empty completion": 2}})
+            )
             return run_dir
 
         return work
@@ -288,6 +291,21 @@ def test_checkpoints_that_were_evaluated_have_their_own_tables(capsys):
     assert "vote 8 75.0% 50-100% 3-0-1 6.5" in lines
 
 
+def test_a_long_name_goes_on_in_the_next_line_and_no_number_is_cut(capsys):
+    name = "the vote of the selectors of " + "a_long_name_of_a_run_" * 6 + ", which labeled"
+    judge = {"name": name, "win_rate": 0.75, "interval": [0.5, 1.0], "wins": 300, "ties": 0, "losses": 100}
+    row = {"step": 1000, "words": 6.5, **judge}
+    print_evaluation({"selectors": None, "policy": {"judges": [judge], "checkpoints": [row]}})
+    out = capsys.readouterr().out
+    assert "…" not in out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert sum(line.endswith("75.0% 50-100% 300-0-100") for line in lines) == 1
+    assert sum(line.endswith("1000 75.0% 50-100% 300-0-100 6.5") for line in lines) == 1
+    assert (
+        "".join(out.split()).count("a_long_name_of_a_run_") >= 12 - 2
+    )  # two tables; a cell may be cut by a column's number
+
+
 def test_plain_progress_prints_first_last_and_at_most_every_ten_seconds(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("fedbiscuit.terminal.time.monotonic", lambda: now[0])
@@ -343,9 +361,44 @@ def test_data_check_of_a_config_reads_the_files_that_it_names(tmp_path, monkeypa
     Path("my.yaml").write_text("data: {path: a.jsonl}\n")
     assert cli.main(["data", "check", "my.yaml"]) == 0
     assert capsys.readouterr().out.startswith("a.jsonl: ")
-    Path("my.yaml").write_text("data: {source: demo}\n")
-    assert cli.main(["data", "check", "my.yaml"]) == 2
-    assert "my.yaml: data.source is demo" in capsys.readouterr().err
+
+
+def test_data_check_of_a_published_set_shows_what_its_loader_makes_of_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("batch3.json").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "info": {"id": f"t3_{i}", "post": f"post {i}", "title": "t", "subreddit": "s"},
+                    "summaries": [{"text": f"plain {i}"}, {"text": f"lively {i}"}],
+                    "choice": 1, "worker": "ann", "batch": "batch3", "split": "train",
+                }
+            ) + "\n"
+            for i in range(4)
+        )
+    )  # fmt: skip
+    Path("my.yaml").write_text("data: {source: tldr, path: ., val_fraction: 0.25}\n")
+    assert cli.main(["data", "check", "my.yaml"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "4 comparisons of 1 clients; errors: 0, warnings: 4" in lines
+    assert "ann 3 1 0" in lines
+    assert "choice B in 100.0%" in lines
+    at = lines.index("the first comparison, of ann:")
+    number = lines[at + 1][-2]
+    assert lines[at + 1 :] == [f"prompt 'post {number}'", f"preferred 'lively {number}'", f"other 'plain {number}'"]
+
+
+def test_labeling_says_which_pairs_were_left_out(calls, capsys):
+    assert cli.main(["label", "a.yaml"]) == 0
+    assert "  Left out, pairs of completions: empty completion: 2\n" in capsys.readouterr().out
+
+
+def test_an_old_file_that_trains_selectors_points_to_the_file_that_aligns(calls, capsys):
+    old = Path(__file__).parents[1] / "examples" / "original_selector.yaml"
+    assert cli.main(["train", str(old), "federate.save_to", "checkpoints/mine.ckpt"]) == 0
+    assert capsys.readouterr().out.endswith("fedbiscuit align RLHF.yaml --selector runs/mine\n")
+    assert cli.main(["train", "a.yaml"]) == 0
+    assert capsys.readouterr().out.endswith("fedbiscuit label runs/a\n")
 
 
 def test_config_check_says_when_a_file_of_comparisons_is_not_there_yet(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ from statistics import mean
 
 import pytest
 
-from fedbiscuit.config import parse_config
+from fedbiscuit.config import dump_config, parse_config
 from fedbiscuit.evaluation.judge import PROTOCOLS, wording_digest
 from fedbiscuit.evaluation.metrics import bootstrap_interval
 from fedbiscuit.report.charts import win_rates
@@ -22,9 +22,10 @@ from fedbiscuit.report.comparison import (
     read_sections,
 )
 from fedbiscuit.report.judgements import by_step
-from fedbiscuit.report.reading import RunView
+from fedbiscuit.report.reading import RunView, read_run
 from fedbiscuit.report.sidebyside import _figures, tables_of
 from fedbiscuit.report.signs import signs_of_hacking
+from fedbiscuit.report.words import kind_of_run, stage_now
 from fedbiscuit.types import ConfigError
 
 
@@ -204,8 +205,34 @@ def test_runs_that_have_a_policy_alone_stand_beside_those_with_selectors_and_the
     assert [name for name, _ in _figures(section)] == ["agreement"]
     alone = Section(_title(runs[:2]), tuple(_methods(runs[:2])))
     assert alone.title.endswith(": policies")
-    assert [table[0][0] for table in tables_of(alone)] == ["aligned against raw policy", "cost of a run"]
+    assert [table[0][0] for table in tables_of(alone)] == ["aligned against raw policy"]  # they trained no selectors
     assert _figures(alone) == []
+
+
+def test_a_policy_is_called_by_the_selectors_that_labeled_for_it_and_seeds_of_these_are_one_row(tmp_path):
+    for name, overrides, data in (
+        ("bis", ("seed=0",), "a"), ("bis-1", ("seed=1",), "a"), ("other", ("seed=2",), "b"),
+        ("biscuit", ("selectors.num_adapters=2",), "a"), ("rm", ("selectors.kind=reward",), "a"),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(dump_config(parse_config("", overrides)))
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"data": {"pairs.jsonl": data}}))
+
+    def by(name: str, seed: int = 0) -> RunView:
+        folder = tmp_path / f"by-{name}-{seed}"
+        folder.mkdir()
+        cfg = parse_config("", (f"labels.selectors={tmp_path / name}", "selectors.rounds=0", f"seed={seed}"))
+        (folder / "config.yaml").write_text(dump_config(cfg))
+        return read_run(folder)
+
+    methods = list(_methods([by("bis"), by("bis-1", 1), by("biscuit"), by("rm"), by("gone")]))
+    assert [(method.name, method.seeds) for method in methods] == [
+        ("FedBis", (0, 1)), ("FedBiscuit, U = 2", (0,)), ("FedRM", (0,)), ("labeled by gone", (0,))
+    ]  # fmt: skip
+    names = [method.name for method in _methods([by("bis", 2), by("other", 2)])]  # trained on other data
+    assert names == ["FedBis, selectors of bis", "FedBis, selectors of other"]
+    assert kind_of_run(by("biscuit", 3)) == "a policy aligned by the selectors of biscuit"
+    assert stage_now(by("biscuit", 4)) == "the selectors are trained, nothing is labeled yet"
 
 
 def test_a_policy_that_nobody_judges_is_compared_by_its_length_and_how_far_it_has_moved():

@@ -150,7 +150,7 @@ def test_an_old_file_that_aligns_trains_no_selectors_of_its_own(tmp_path):
         ):
             stage(cfg)
     with pytest.raises(
-        ConfigError, match="there is no run here; name the run whose selectors label, as in `fedbiscuit align"
+        ConfigError, match="there is no run here; name the run whose selectors label by adding `--selector"
     ):
         align(cfg)
     assert list(tmp_path.iterdir()) == []
@@ -168,6 +168,14 @@ def test_several_selectors_label_by_majority_as_there():
     cfg, notes = load_translated(RLHF)
     assert cfg.labels.vote == "majority"
     assert any(note.startswith("labels.vote: 'majority'") for note in notes)
+
+
+def test_a_file_that_trains_selectors_aligns_as_the_original_where_it_is_run_to_the_end():
+    cfg, notes = load_translated(SELECTOR)
+    assert (cfg.labels.vote, cfg.alignment.max_grad_norm, cfg.generation.chat) == ("majority", 0.0, False)
+    assert cfg.generation.system.startswith("Summarize")
+    for key in ("labels.vote", "alignment.max_grad_norm", "generation.chat", "generation.system"):
+        assert any(note.startswith(f"{key}: ") for note in notes)
 
 
 def test_what_a_translation_prints_is_a_config_of_ours():

@@ -186,6 +186,9 @@ def test_tldr_prompts_are_the_last_posts_that_are_in_no_comparison_when_they_are
     for name in ("valid", "test"):
         write(tmp_path / "tldr_3_filtered" / f"{name}.jsonl", *rows[-1:])
     assert not any("tldr_3_filtered" in message for message in tldr(tmp_path).warnings)
+    before = tldr(tmp_path).prompts
+    write(tmp_path / "shp" / "askcooking" / "train.json", {"history": "another set's"})  # one folder for all
+    assert tldr(tmp_path).prompts == before
 
 
 def test_tldr_without_other_posts_says_that_the_prompts_are_the_compared_ones_unless_prompts_are_named(tmp_path):

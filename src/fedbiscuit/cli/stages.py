@@ -110,8 +110,10 @@ def train(
     Example: fedbiscuit train configs/two_camps.yaml selectors.num_adapters=2
     """
     cfg, is_folder = settings_of(config, overrides)
+    from fedbiscuit.config import load_translated
     from fedbiscuit.terminal import ProgressLines
 
+    is_old = not is_folder and bool(load_translated(config, overrides)[1])
     if clients.backend == "flower" and gpus > 1:
         raise ConfigError(
             f"--gpus {gpus}: with --backend flower the clients train on their own machines; leave it out (each site.yaml names a "
@@ -124,10 +126,13 @@ def train(
             from fedbiscuit import pipeline
 
             run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
-    if cfg.selectors.local.objective == "choice":
-        _say_next(run_dir, "label", "selectors")
-    else:
+    if cfg.selectors.local.objective != "choice":
         _say_next(run_dir, "evaluate", "policy")
+    elif is_old:  # how to align stands in another file
+        folder = shlex.quote(str(run_dir))
+        print(f"{run_dir / 'selectors'} is ready; next: {program()} align RLHF.yaml --selector {folder}")
+    else:
+        _say_next(run_dir, "label", "selectors")
 
 
 @app.command(sort_key=3)
@@ -142,6 +147,8 @@ def label(config: Source, /, *overrides: Overrides, selector: Selector = None) -
 
     with ProgressLines() as progress:
         run_dir = pipeline.label(cfg, progress=progress)
+    left_out = json.loads((run_dir / "labels.json").read_text(encoding="utf-8"))["left_out"]
+    print("".join(f"  Left out, pairs of completions: {reason}: {n}\n" for reason, n in left_out.items() if n), end="")
     _say_next(run_dir, "align", "preferences.jsonl")
 
 

@@ -48,6 +48,11 @@ class Template:
         return self.pieces[1::2]
 
     @property
+    def extra(self) -> tuple[str, ...]:
+        """Those beyond the prompt and the answers, such as a title."""
+        return tuple(field for field in self.fields if field in EXTRA)
+
+    @property
     def text(self) -> str:
         """As it was written, with ``{field}`` placeholders."""
         return "".join(f"{{{piece}}}" if i % 2 else piece for i, piece in enumerate(self.pieces))
@@ -195,9 +200,10 @@ def _texts(comparison: Comparison, template: Template) -> list[str]:
     texts = list(template.pieces)
     for i, field in zip(range(1, len(texts), 2), template.fields, strict=True):
         if field not in values and field not in extra:
+            which = f"comparison {comparison.id!r}: " if comparison.id else ""
             raise DataError(
-                f"comparison {comparison.id!r}: template {template.name} needs {{{field}}}, which the data does not have; "
-                "choose another template (data.template)"
+                f"{which}template {template.name} shows {{{field}}}, and a record has none; give it there, as "
+                f'"meta": {{"fields": {{"{field}": "..."}}}}, or choose another template (data.template) before training'
             )
         texts[i] = values[field] if field in values else str(extra[field])
         if texts[i - 1].endswith(" "):  # a space belongs to the word after it, as tokenizers have it

@@ -75,8 +75,12 @@ def required_text(record: Mapping[str, Any], key: str, where: str = "") -> str:
     """The text under a key; ``where`` is put before the key in the error's name, such as ``info.``."""
     value = record.get(key)
     if not isinstance(value, str):
-        got = shown(value) if key in record else "nothing (the key is missing)"
-        raise DataError(f"{where}{key}: expected text, got {got}; write it in quotes")
+        if key not in record:
+            raise DataError(
+                f"{where}{key}: expected text, got nothing (the key is missing); add it, or look whether this is the file that "
+                "was meant"
+            )
+        raise DataError(f"{where}{key}: expected text, got {shown(value)}; write it in quotes")
     return value
 
 

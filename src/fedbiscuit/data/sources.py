@@ -338,7 +338,10 @@ def filtered_tldr(paths: Iterable[str]) -> list[Part]:
     """train, valid and test of OpenAI's filtered TL;DR, which has summaries by people, in these folders or below them."""
     folders = [path for path in paths if Path(path).is_dir()]
     wants = FORMATS["tldr"].wants
-    found = [part for folder in folders for part in parts_of(folder, "data.path", wants) if part.name in TLDR_FILES]
+    named = [part for folder in folders for part in parts_of(folder, "data.path", wants) if part.name in TLDR_FILES]
+    found = [
+        part for part in named if Path(part.path).suffix != ".json"
+    ]  # a train.json is another set's, such as SHP's
     return sorted(found, key=lambda part: TLDR_FILES.index(part.name))
 
 

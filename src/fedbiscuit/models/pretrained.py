@@ -31,8 +31,12 @@ __all__ = ["Selector", "load_policy"]
 
 log = logging.getLogger("fedbiscuit")
 
-Pair = tuple[str, str, str] | Comparison
-"""(prompt, first answer, second answer), or a comparison, whose ``meta.fields`` may hold a title and a subreddit."""
+Fields = Mapping[str, str]
+"""What a template shows beside the prompt and the answers: a title, a subreddit."""
+Pair = tuple[str, str, str] | tuple[str, str, str, Fields] | Comparison
+"""(prompt, first answer, second answer), with ``Selector.fields`` as a fourth where there are any; or a comparison, which has
+them in ``meta.fields``.
+"""
 Text = str | Sequence[Mapping[str, Any]]
 """A plain text, or chat messages [{role, content}, ...]."""
 
@@ -90,6 +94,11 @@ class Selector:
         rule = (vote or content.vote) if len(adapters) > 1 else "mean"  # a majority of one would say 0 or 1 only
         return cls(reader, adapters, temperature or content.temperature, rule)
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What its template shows beside the prompt and the answers; mostly nothing, with TL;DR's a subreddit and a title."""
+        return () if self.reader.kind == "reward" else self.reader.template.extra
+
     def choose(self, pairs: Sequence[Pair], batch_size: int = 16, too_long: float | None = None) -> list[float]:
         """For each pair the probability that its first answer is better; both orders are read and averaged.
 
@@ -117,7 +126,7 @@ class Selector:
 
     def _read(self, pairs: Sequence[Pair], batch_size: int) -> tuple[list[int], Tensor]:
         """Which pairs can be read, and (U, n) probabilities of theirs."""
-        comparisons = [_comparison(i, pair) for i, pair in enumerate(pairs)]
+        comparisons = [_comparison(i, pair, self.fields) for i, pair in enumerate(pairs)]
         encoded: dict[int, EncodedComparison] = {}
         for i, comparison in enumerate(comparisons):
             fitting, _ = self.reader.encode([comparison])
@@ -128,11 +137,18 @@ class Selector:
         margins = letter_margins(self.reader, self.adapters, [encoded[i] for i in order], batch_size)
         return order, choice_probability(margins, self.temperature)
 
-    def win_rates(self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int = 16) -> list[float]:
+    def win_rates(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        batch_size: int = 16,
+        fields: Sequence[Fields] | None = None,
+    ) -> list[float]:
         """For each completion its mean probability of winning against the others of the same prompt: 0 to 1, a reward.
 
         Every pair of a prompt's completions is read. One that is alone has 0.5. An empty completion loses against any
-        that says something, and a pair that is too long to be read is a tie. Texts may be chat messages.
+        that says something, and a pair that is too long to be read is a tie. Texts may be chat messages. fields: those of
+        each prompt, where the selector has some.
         """
         asked = [_prompt_text(prompt) for prompt in prompts]
         texts = [_completion_text(completion) for completion in completions]
@@ -142,7 +158,8 @@ class Selector:
         speaks = [bool(text.strip()) for text in texts]
         duels = [duel for group in groups.values() for duel in combinations(group, 2)]
         read = [(i, j) for i, j in duels if speaks[i] and speaks[j]]
-        said = self.choose([(asked[i], texts[i], texts[j]) for i, j in read], batch_size, too_long=0.5)
+        pairs = [(asked[i], texts[i], texts[j], fields[i] if fields else {}) for i, j in read]
+        said = self.choose(pairs, batch_size, too_long=0.5)
         won = dict(zip(read, said, strict=True))
         points: list[list[float]] = [[] for _ in texts]
         for i, j in duels:
@@ -244,12 +261,21 @@ def _lora_of(place: Path) -> LoraSettings:
     )
 
 
-def _comparison(i: int, pair: Pair) -> Comparison:
-    if isinstance(pair, Comparison):
-        return pair
-    if not isinstance(pair, Sequence) or len(pair) != 3 or not all(isinstance(text, str) for text in pair):
-        raise DataError(f"pair {i}: {pair!r:.80}: give three texts, (prompt, first answer, second answer)")
-    return Comparison(*pair)
+def _comparison(i: int, pair: Pair, wanted: Sequence[str]) -> Comparison:
+    if not isinstance(pair, Comparison):
+        *texts, extra = pair if len(pair) == 4 else (*pair, {})
+        fits = len(texts) == 3 and all(isinstance(text, str) for text in texts) and isinstance(extra, Mapping)
+        if not fits or isinstance(pair, str):
+            raise DataError(f"pair {i}: {pair!r:.80}: give three texts, (prompt, first answer, second answer)")
+        pair = Comparison(texts[0], texts[1], texts[2], meta={"fields": extra})
+    missing = [name for name in wanted if name not in pair.meta.get("fields", {})]
+    if missing:
+        told = ", ".join(f'"{name}": "..."' for name in wanted)
+        raise DataError(
+            f"pair {i}: this selector's template shows {' and '.join(missing)}; give it as the fourth of the pair, {{{told}}} "
+            "(in win_rates as fields, one a prompt)"
+        )
+    return pair
 
 
 def _prompt_text(prompt: Text) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from fedbiscuit.config import Config
 from fedbiscuit.evaluation.judge import HELD_OUT
 from fedbiscuit.pipeline.alignment import align_policy
+from fedbiscuit.pipeline.answers import warn_without_checkpoints
 from fedbiscuit.pipeline.comparing import evaluate_run
 from fedbiscuit.pipeline.contests import check_contest
 from fedbiscuit.pipeline.judges import check_judges
@@ -120,6 +121,8 @@ def evaluate(cfg: Config, progress: Progress = silent, checkpoints: bool = False
     With ``checkpoints`` also every round and step that ``keep_every`` has kept.
     """
     with open_run(cfg, progress) as session:
+        if checkpoints:
+            warn_without_checkpoints(session)
         evaluate_run(session, checkpoints)
         return session.run.path
 
@@ -135,6 +138,8 @@ def evaluate_task(
     check_task(task, asked)
     with open_run(cfg, progress) as session:
         session.for_once = FOR_ONCE
+        if checkpoints:
+            warn_without_checkpoints(session)
         do_task(session, task, asked)
         return session.run.path
 
@@ -156,4 +161,6 @@ def judge(
     check_judge(cfg.judge)
     with open_run(cfg, progress) as session:
         session.for_once = FOR_ONCE
+        if checkpoints:
+            warn_without_checkpoints(session)
         return session.run.path / judge_run(session, on, asked)

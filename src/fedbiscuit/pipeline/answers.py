@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,10 @@ __all__ = [
     "mean_words",
     "moved",
     "unit_of",
+    "warn_without_checkpoints",
 ]
+
+log = logging.getLogger("fedbiscuit")
 
 ANSWERS = "evaluations/answers.jsonl"
 WAY = "1"
@@ -64,6 +68,16 @@ def kept(session: Session, kind: str, content: str) -> list[tuple[int, str]]:
         for path in sorted(parent.glob(f"{kind}-*"))
         if (path / content).exists()
     ]
+
+
+def warn_without_checkpoints(session: Session) -> None:
+    """Say it where all that were kept are asked for, and none were."""
+    if not any((session.run.path / "checkpoints").glob("*-*")):
+        log.warning(
+            "%s: nothing was kept along the way, so only the last is looked at; set selectors.keep_every and "
+            "alignment.keep_every before training",
+            session.run.path,
+        )
 
 
 def candidates(

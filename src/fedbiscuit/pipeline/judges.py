@@ -183,6 +183,8 @@ def _settings(session: Session, path: str, key: str) -> Config:
     """Settings of a run that can judge; ``ConfigError`` says why it cannot. ``key``: the setting that names it."""
     folder = Path(path)
     if not (folder / "selectors" / "u0").is_dir():
+        if (folder / "policy").is_dir() and (folder / "config.yaml").is_file():
+            raise ConfigError(f"{key}: {path} trained a policy and no selectors; name a run that trained some")
         other = ", or of a reward model of transformers" if key == "evaluation.judges" else ""
         raise ConfigError(
             f"{key}: {path} has no trained selectors; name the folder of a run that `fedbiscuit train` made{other}"

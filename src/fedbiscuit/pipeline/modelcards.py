@@ -5,6 +5,7 @@ Everything in it comes from the files of a run; a number that the run does not h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ LOAD = """```python
 from fedbiscuit import Selector
 
 selector = Selector.from_pretrained("THIS_FOLDER")
-selector.choose([("prompt", "answer one", "answer two")])   # probability that the first is better
+selector.choose([("prompt", "answer one", "answer two"%s)])   # probability that the first is better
 ```"""
 POLICIES = {
     "choice": (
@@ -64,18 +65,22 @@ class Facts:
     real_clients: int = 0
 
 
-def selector_card(facts: Facts, numbers: Sequence[int], temperature: float) -> str:
-    """The card of the selectors with these numbers; several are in folders ``u0``, ``u1``, ... of the export."""
+def selector_card(facts: Facts, numbers: Sequence[int], temperature: float, fields: Sequence[str]) -> str:
+    """The card of the selectors with these numbers; several are in folders ``u0``, ``u1``, ... of the export.
+
+    ``fields``: what their template shows beside the prompt and the answers.
+    """
     data, several = facts.cfg.data, len(numbers) > 1
     which = f"{len(numbers)} selectors that vote" if several else f"selector {numbers[0]} of {facts.num_selectors}"
     what = "Each is a LoRA adapter" if several else "It is a LoRA adapter"
     if facts.merged:
         what = "It is a plain language model, a LoRA adapter merged into its base"
     letters = " or ".join(f"`{token!r}`" for token in data.choice_tokens)
+    load = LOAD % (f", {json.dumps(dict.fromkeys(fields, '...'))}" if fields else "")
     sections = {
         f"# Preference selector: {which}": "Reads a prompt and two answers and says how likely it is that people prefer the "
         f"first. {what}, trained by fedbiscuit {fedbiscuit.__version__}.",
-        "## Use": f"{LOAD}\n\nIt answers with {letters} as the next token after a template. The template is in `selector.json`, "
+        "## Use": f"{load}\n\nIt answers with {letters} as the next token after a template. The template is in `selector.json`, "
         f"with the longest input ({data.max_tokens} tokens) and the temperature ({temperature:.3g}). Every pair is read in both "
         f"orders and the two are averaged: one order alone is biased. {_plain_loading(facts, several)}",
         "## Data": _data(facts),
@@ -231,8 +236,11 @@ def _policy_numbers(facts: Facts) -> str:
 def _privacy(facts: Facts) -> str:
     chosen = facts.cfg.selectors
     if facts.cfg.labels.selectors:
-        left = "This run trained on no comparison of anybody: what left clients, the card of the selectors says."
-    elif chosen.population == "centralized":
+        return (
+            "This run trained on no comparison of anybody; its policy was trained on what selectors of another run said "
+            "of its own answers. What left the clients who trained these, and what is not guaranteed, their card says."
+        )
+    if chosen.population == "centralized":
         left = "The comparisons of all clients were pooled in one place. This is a baseline without any privacy."
     else:
         seats = (

@@ -308,8 +308,8 @@ def open_run(cfg: Config, progress: Progress, devices: int = 1) -> contextlib.Ab
     if not (path / "config.yaml").exists():
         train = "train its selectors first: `fedbiscuit train CONFIG`, or " if cfg.selectors.rounds else ""
         raise ConfigError(
-            f"{path}: there is no run here; {train}name the run whose selectors label, as in `fedbiscuit align CONFIG "
-            "--selector runs/OTHER`"
+            f"{path}: there is no run here; {train}name the run whose selectors label by adding `--selector runs/OTHER`, as to "
+            "`fedbiscuit align CONFIG`"
         )
     other = load_config(path / "config.yaml").labels.selectors
     if other and not cfg.labels.selectors:

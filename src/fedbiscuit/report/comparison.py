@@ -30,7 +30,7 @@ WITHOUT_INFLUENCE = (
 
 OF_A_KIND = (
     "selectors.population", "selectors.num_adapters", "selectors.warmup_", "selectors.regroup_every", "selectors.group",
-    "selectors.cohort_sampling", "selectors.kind", "selectors.local.objective",
+    "selectors.cohort_sampling", "selectors.kind", "selectors.local.objective", "labels.selectors",
 )  # fmt: skip
 """How settings begin that make the kind of a method, or mean something to some kinds only."""
 
@@ -188,21 +188,28 @@ def _range(counts: Iterable[int]) -> str:
 def _methods(runs: Sequence[RunView]) -> Iterator[Method]:
     groups: dict[tuple[Any, ...], list[RunView]] = {}
     for run in runs:
-        groups.setdefault(tuple(sorted(_settings(run.cfg).items())), []).append(run)
-    for settings, held in groups.items():
-        seeds = [run.cfg.seed for run in held]
+        groups.setdefault((tuple(sorted(_settings(run).items())), run.labeler and run.labeler.data), []).append(run)
+    settings_of_all = [dict(settings) for settings, _ in groups]
+    for (settings, _), held in groups.items():
+        seeds = [(run.cfg.seed, run.labeler.cfg.seed if run.labeler else None) for run in held]
         if len(set(seeds)) < len(seeds):
             raise ConfigError(
-                f"two of the runs have the same settings and the same seed ({min(seeds)}); give one of them"
+                f"two of the runs have the same settings and the same seed ({min(seeds)[0]}); give one of them"
             )
-        kind = _kind(held[0].cfg)
-        alike = [dict(others) for others, theirs in groups.items() if _kind(theirs[0].cfg) == kind]
-        told = _what_differs(dict(settings), alike, [dict(others) for others in groups])
+        kind = _kind(held[0])
+        alike = [dict(others) for (others, _), theirs in groups.items() if _kind(theirs[0]) == kind]
+        told = _what_differs(dict(settings), alike, settings_of_all)
+        if (
+            settings_of_all.count(dict(settings)) > 1
+        ):  # only the data differ that the labeling selectors were trained on
+            told += f", selectors of {Path(held[0].cfg.labels.selectors).name}"
         yield Method(f"{kind}{told}", tuple(sorted(held, key=lambda run: run.cfg.seed)))
 
 
-def _kind(cfg: Config) -> str:
-    chosen = cfg.selectors
+def _kind(run: RunView) -> str:
+    if run.cfg.labels.selectors and run.labeler is None:
+        return f"labeled by {Path(run.cfg.labels.selectors).name}"
+    chosen = _labeling(run).selectors
     trained = {"sft": "SFT", "dpo": "DPO", "choice": "RM" if chosen.kind == "reward" else ""}[chosen.local.objective]
     if chosen.population != "federated":
         return " ".join([{"centralized": "centralized", "local": "local only"}[chosen.population], trained]).strip()
@@ -216,8 +223,33 @@ def _kind(cfg: Config) -> str:
     return f"FedBiscuit, U = {chosen.num_adapters}"
 
 
-def _settings(cfg: Config) -> dict[str, str]:
-    """Every setting that can make another result, by its path; empty where other settings make it idle."""
+def _labeling(run: RunView) -> Config:
+    """The settings of the selectors that labeled: of this run, or of the one that it took them from."""
+    return run.labeler.cfg if run.labeler else run.cfg
+
+
+def _settings(run: RunView) -> dict[str, str]:
+    """Every setting that can make another result, by its path; empty where other settings make it idle.
+
+    Whose selectors labeled is told by how they were trained, so that runs whose selectors differ by their seed alone are one row.
+    """
+    own = _flat(run.cfg) | dict.fromkeys(_idle(run.cfg), "")
+    if not run.cfg.labels.selectors:
+        return own
+    kept = {key: value for key, value in own.items() if not key.startswith("selectors.")}
+    if run.labeler is None:
+        return kept | {key: "" for key in own if key.startswith("selectors.")}
+    theirs = _flat(run.labeler.cfg) | dict.fromkeys(_idle(run.labeler.cfg), "")
+    trained = {key: value for key, value in theirs.items() if key.startswith("selectors.")}
+    read = {
+        f"labels.selectors.{key}": value
+        for key, value in theirs.items()
+        if key.startswith(("model.", "data.")) and not key.startswith("data.prompt") and value != own.get(key)
+    }
+    return kept | trained | read | {"labels.selectors": ""}
+
+
+def _flat(cfg: Config) -> dict[str, str]:
     flat: dict[str, str] = {}
 
     def walk(value: Any, path: str) -> None:
@@ -230,7 +262,7 @@ def _settings(cfg: Config) -> dict[str, str]:
             flat[path] = _told(value)
 
     walk(cfg.model_dump(), "")
-    return flat | dict.fromkeys(_idle(cfg), "")
+    return flat
 
 
 def _idle(cfg: Config) -> Iterator[str]:

@@ -16,7 +16,7 @@ from fedbiscuit.report.tasks import TABLES
 from fedbiscuit.rundir import RunDir
 from fedbiscuit.types import ClientId, Grouping
 
-__all__ = ["FILES", "FOLDERS", "RunView", "read_run", "validation_series"]
+__all__ = ["FILES", "FOLDERS", "Labeler", "RunView", "read_run", "validation_series"]
 
 Row = Mapping[str, Any]
 
@@ -35,6 +35,14 @@ FILES = (
 """What the page is made from, with the folders below."""
 FOLDERS = ("selectors", "global", "policy")
 """Each appears whole, when its stage is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labeler:
+    """The run whose selectors labeled for another one: its settings, and the digests of its data."""
+
+    cfg: Config
+    data: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,8 @@ class RunView:
     """What language models said, each with its ``protocol`` (``evaluations/judge-PROTOCOL.json``)."""
     folders: frozenset[str] = frozenset()
     """Which of ``FOLDERS`` are there."""
+    labeler: Labeler | None = None
+    """Where ``labels.selectors`` names a run that is still there."""
 
     @property
     def selectors(self) -> Mapping[str, Any]:
@@ -150,7 +160,15 @@ def read_run(run_dir: Path) -> RunView:
             if "on" in one
         ],
         folders=frozenset(name for name in FOLDERS if (run_dir / name).is_dir()),
+        labeler=_labeler(cfg.labels.selectors),
     )
+
+
+def _labeler(folder: str) -> Labeler | None:
+    if not folder or not (Path(folder) / "config.yaml").is_file():
+        return None
+    manifest = RunDir.view(folder).read_json("manifest.json") or {}
+    return Labeler(load_config(Path(folder) / "config.yaml"), tuple(sorted((manifest.get("data") or {}).values())))
 
 
 def validation_series(rounds: Sequence[Row], key: str) -> list[tuple[int, Any]]:

@@ -238,6 +238,7 @@ def _cost(section: Section) -> Table:
             _mean(method.each(lambda run: sum(r["seconds"] for r in run.timings if r["stage"] == "selectors") / 60), 0),
         )
         for method in section.methods
+        if any(run.rounds for run in method.runs)  # those that took another run's selectors have trained none
     ]
     return header, rows
 

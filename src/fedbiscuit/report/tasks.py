@@ -115,7 +115,12 @@ def _alpaca_eval(result: Mapping[str, Any]) -> Iterable[Table]:
 
 
 def _alpaca_eval_notes(result: Mapping[str, Any]) -> list[str]:
-    return ["Cut off: answers that reached generation.max_new_tokens."]
+    notes = ["Cut off: answers that reached generation.max_new_tokens."]
+    if result.get("system"):
+        notes.append(
+            f"Before each instruction stood generation.system, with which this policy was trained: {result['system']!r}"
+        )
+    return notes
 
 
 def _perplexity(result: Mapping[str, Any]) -> Iterable[Table]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fedbiscuit.report.markup import count, interval, percent, visible
@@ -36,6 +37,8 @@ def best_judge(run: RunView) -> Row | None:
 
 def kind_of_run(run: RunView) -> str:
     """The method, in a few words."""
+    if run.cfg.labels.selectors:
+        return f"a policy aligned by the selectors of {Path(run.cfg.labels.selectors).name}"
     chosen = run.cfg.selectors
     objective, several = chosen.local.objective, run.num_adapters > 1
     where = {"centralized": "on all data in one place", "local": "by each client alone", "federated": "federatedly"}
@@ -57,7 +60,7 @@ def stage_now(run: RunView) -> str | None:
     if run.evaluation is not None:
         return None
     cfg = run.cfg
-    if "selectors" not in run.folders:
+    if "selectors" not in run.folders and not cfg.labels.selectors:
         return f"training the selectors, round {len(run.rounds)} of {cfg.selectors.rounds} done"
     if cfg.evaluation.compare_global and cfg.selectors.num_adapters > 1 and "global" not in run.folders:
         done = len(run.global_rounds)

@@ -61,7 +61,7 @@ def alpaca_eval(session: Session, asked: Asked) -> dict[str, Any]:
                 "empty": sum(not one["output"] for one in outputs),
             }
         )
-    return {"instructions": len(fitting), "policies": rows}
+    return {"instructions": len(fitting), "system": cfg.generation.system, "policies": rows}
 
 
 def _folder(policy: Candidate) -> str:
