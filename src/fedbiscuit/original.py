@@ -156,7 +156,11 @@ def _implied(old: Old) -> Iterator[tuple[str, Any, str]]:
     if source in ("tldr", "tldr_sft"):
         yield "generation.system", SUMMARIZE, "so that the policy knows what to do with a post; in our own words"
     if job in ("align", "choice"):
-        yield "labels.vote", "majority", "as there, but a tie is decided by the mean; mean is our own default"
+        yield (
+            "labels.vote",
+            "majority",
+            "as there, but a tie is decided by the mean; mean is our own default (also in evaluations and exports)",
+        )
     if job == "choice" and old["llm.adapter.count"] > 1:
         yield (
             "selectors.scale",

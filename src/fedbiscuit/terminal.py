@@ -242,33 +242,46 @@ def _wins(judge: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 110) -> None:
-    """Aligned columns: the first to the left, the others to the right; bold header on a terminal.
+    """Aligned columns: the first to the left, the others to the right.
 
     Where they are wider than ``width`` or the terminal, names go on in the next line. Numbers are never cut.
     """
-    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     cells = [[clean(cell).replace("–", "-") for cell in row] for row in rows]  # one dash, whoever made the table
-    table, least = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0)), 0
-    for number, name in enumerate(header):
-        texts = [name, *(row[number] for row in cells)]
-        is_name = any(letter.isalpha() for text in texts[1:] for letter in text)
-        longest = max(map(cell_len, texts))
-        narrowest = min(longest, NARROWEST) if is_name else longest
-        least += narrowest + (3 if number else 0)
-        table.add_column(
-            Text(name), justify="right" if number else "left", no_wrap=not is_name, overflow="fold", min_width=narrowest
-        )
+    console = Console() if sys.stdout.isatty() else Console(width=1000)
+    widths = _widths(header, cells, min(console.width - 2, width))
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for number, (name, wide) in enumerate(zip(header, widths, strict=True)):
+        table.add_column(Text(name), justify="right" if number else "left", overflow="fold", width=wide)
     for row in cells:
         table.add_row(*map(Text, row))
-    console = Console() if sys.stdout.isatty() else Console(width=1000)
-    room = max(least, min(console.width - 2, width))
+    room = sum(widths) + 3 * len(widths)
     for line in console.render_lines(table, console.options.update(width=room), pad=False):
         text = "".join(segment.text for segment in line).rstrip()
         console.print(Text("  " + text), soft_wrap=True)
+
+
+def _widths(header: Sequence[str], cells: Sequence[Sequence[str]], room: int) -> list[int]:
+    """A width for each column that fits the room: first long names give way, the longest first, then headers."""
+    from rich.cells import cell_len
+
+    longest = [max((cell_len(row[number]) for row in cells), default=0) for number in range(len(header))]
+    names = [any(letter.isalpha() for row in cells for letter in row[number]) for number in range(len(header))]
+    words = [max(map(cell_len, name.split()), default=0) for name in header]
+    least = [
+        max(word, min(cell, NARROWEST) if is_name else cell)
+        for word, cell, is_name in zip(words, longest, names, strict=True)
+    ]
+    widths = [max(cell, cell_len(name)) for cell, name in zip(longest, header, strict=True)]
+    excess = sum(widths) + 3 * (len(widths) - 1) - room
+    for number in sorted(range(len(widths)), key=lambda i: (not names[i], -widths[i])):
+        gives = min(max(excess, 0), widths[number] - least[number])
+        widths[number] -= gives
+        excess -= gives
+    return widths
 
 
 def _percent(share: float | None) -> str:

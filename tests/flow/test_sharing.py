@@ -237,8 +237,21 @@ def test_what_a_template_shows_beside_the_prompt_comes_as_the_fourth_of_a_pair(s
     assert told == titled.choose(whole) == selector.choose([(f"t: {prompt}", a, b) for prompt, a, b in PAIRS])
     with pytest.raises(DataError, match=r'pair 0: this selector.s template shows title; give it .*\{"title": "..."\}'):
         titled.choose(PAIRS)
-    rates = titled.win_rates(["p", "p"], ["12x", "7y"], fields=[{"title": "t"}] * 2)
-    assert rates[0] == titled.choose([("p", "12x", "7y", {"title": "t"})])[0]
+    rates = titled.win_rates(["p", "p", "p"], ["12x", "7y", "z"], fields=[{"title": "t"}] * 2 + [{"title": "other"}])
+    assert rates == [(p := titled.choose([("p", "12x", "7y", {"title": "t"})])[0]), pytest.approx(1 - p), 0.5]
+    for wrong in (
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        "abc",
+        None,
+        ("p", "a", "b", "t"),
+        ("p", "a", "b", {"title": 1}),
+    ):
+        with pytest.raises(DataError, match=r"pair 0: .* give three texts, .*, and as a fourth"):
+            titled.choose([wrong])
+    with pytest.raises(DataError, match="2 prompts, 2 completions, 1 fields"):
+        titled.win_rates(["p", "p"], ["12x", "7y"], fields=[{"title": "t"}])
+    scalar = replace(titled, reader=replace(titled.reader, kind="reward"))
+    assert scalar.fields == ()
 
 
 def test_the_card_of_such_a_selector_shows_how_it_is_asked(run, tmp_path):

@@ -291,19 +291,23 @@ def test_checkpoints_that_were_evaluated_have_their_own_tables(capsys):
     assert "vote 8 75.0% 50-100% 3-0-1 6.5" in lines
 
 
-def test_a_long_name_goes_on_in_the_next_line_and_no_number_is_cut(capsys):
-    name = "the vote of the selectors of " + "a_long_name_of_a_run_" * 6 + ", which labeled"
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_a_long_name_goes_on_in_the_next_line_and_no_number_is_cut(capsys, monkeypatch, on_terminal):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: on_terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    name = "the vote of the selectors of " + "x" * 100 + ", which labeled"
     judge = {"name": name, "win_rate": 0.75, "interval": [0.5, 1.0], "wins": 300, "ties": 0, "losses": 100}
     row = {"step": 1000, "words": 6.5, **judge}
     print_evaluation({"selectors": None, "policy": {"judges": [judge], "checkpoints": [row]}})
     out = capsys.readouterr().out
     assert "…" not in out
-    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert out.count("x") == 200
+    tables = [line for line in out.splitlines() if not line.startswith("Policy")]
+    assert max(map(len, tables)) <= 112 - 30 * on_terminal
+    lines = [" ".join(line.split()) for line in tables]
     assert sum(line.endswith("75.0% 50-100% 300-0-100") for line in lines) == 1
     assert sum(line.endswith("1000 75.0% 50-100% 300-0-100 6.5") for line in lines) == 1
-    assert (
-        "".join(out.split()).count("a_long_name_of_a_run_") >= 12 - 2
-    )  # two tables; a cell may be cut by a column's number
 
 
 def test_plain_progress_prints_first_last_and_at_most_every_ten_seconds(capsys, monkeypatch):
@@ -386,6 +390,28 @@ def test_data_check_of_a_published_set_shows_what_its_loader_makes_of_it(tmp_pat
     at = lines.index("the first comparison, of ann:")
     number = lines[at + 1][-2]
     assert lines[at + 1 :] == [f"prompt 'post {number}'", f"preferred 'lively {number}'", f"other 'plain {number}'"]
+
+
+def test_data_check_of_other_configs_shows_single_answers_prompts_and_files_beside(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    posts = [{"post": f"post {i}", "title": "t", "subreddit": "s", "summary": "one two"} for i in range(20)]
+    for name in ("train", "valid", "test"):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
+    Path("prompts.txt").write_text("one\ntwo\n")
+    Path("sft.yaml").write_text("data: {source: tldr_sft, path: ., partition: {by: iid, num_clients: 5}}\n")
+    Path("prompts.yaml").write_text("data: {prompts: prompts.txt}\n")
+    assert cli.main(["data", "check", "sft.yaml", "prompts.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "choice            none: single good answers" in out
+    assert "all are 0" not in out
+    assert "longer answer" not in out
+    assert "one answer                2       2       2       2" in out
+    assert "  answer     'one two'" in out
+    assert "prompts: 1 to align a policy on, 1 held out" in out
+    row = {"prompt": "p", "output_a": "x", "output_b": "y z", "choice": 1, "client": "ann"}
+    Path("a.jsonl").write_text(json.dumps(row) + "\n{broken\n")
+    assert cli.main(["data", "check", "prompts.yaml", "a.jsonl"]) == 2
+    assert "a.jsonl:2:" in capsys.readouterr().out
 
 
 def test_labeling_says_which_pairs_were_left_out(calls, capsys):

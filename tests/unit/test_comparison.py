@@ -22,7 +22,7 @@ from fedbiscuit.report.comparison import (
     read_sections,
 )
 from fedbiscuit.report.judgements import by_step
-from fedbiscuit.report.reading import RunView, read_run
+from fedbiscuit.report.reading import Labeler, RunView, read_run
 from fedbiscuit.report.sidebyside import _figures, tables_of
 from fedbiscuit.report.signs import signs_of_hacking
 from fedbiscuit.report.words import kind_of_run, stage_now
@@ -218,21 +218,51 @@ def test_a_policy_is_called_by_the_selectors_that_labeled_for_it_and_seeds_of_th
         (tmp_path / name / "config.yaml").write_text(dump_config(parse_config("", overrides)))
         (tmp_path / name / "manifest.json").write_text(json.dumps({"data": {"pairs.jsonl": data}}))
 
-    def by(name: str, seed: int = 0) -> RunView:
+    def by(name: str, seed: int = 0, *more: str) -> RunView:
         folder = tmp_path / f"by-{name}-{seed}"
         folder.mkdir()
-        cfg = parse_config("", (f"labels.selectors={tmp_path / name}", "selectors.rounds=0", f"seed={seed}"))
+        cfg = parse_config("", (f"labels.selectors={tmp_path / name}", "selectors.rounds=0", f"seed={seed}", *more))
         (folder / "config.yaml").write_text(dump_config(cfg))
         return read_run(folder)
 
-    methods = list(_methods([by("bis"), by("bis-1", 1), by("biscuit"), by("rm"), by("gone")]))
+    (tmp_path / "edited").mkdir()
+    (tmp_path / "edited" / "config.yaml").write_text("x: 1\n")
+    methods = list(_methods([by("bis"), by("bis-1", 1), by("biscuit"), by("rm"), by("gone"), by("edited")]))
     assert [(method.name, method.seeds) for method in methods] == [
-        ("FedBis", (0, 1)), ("FedBiscuit, U = 2", (0,)), ("FedRM", (0,)), ("labeled by gone", (0,))
+        ("FedBis", (0, 1)), ("FedBiscuit, U = 2", (0,)), ("FedRM", (0,)), ("labeled by gone", (0,)),
+        ("labeled by edited", (0,)),
     ]  # fmt: skip
     names = [method.name for method in _methods([by("bis", 2), by("other", 2)])]  # trained on other data
-    assert names == ["FedBis, selectors of bis", "FedBis, selectors of other"]
+    assert names == [f"FedBis, selectors of {tmp_path / 'bis'}", f"FedBis, selectors of {tmp_path / 'other'}"]
+    own = read_run(tmp_path / "bis")
+    assert next(_methods([own, by("bis", 5)])).name == "FedBis"
     assert kind_of_run(by("biscuit", 3)) == "a policy aligned by the selectors of biscuit"
-    assert stage_now(by("biscuit", 4)) == "the selectors are trained, nothing is labeled yet"
+    with pytest.raises(ConfigError, match=r"same seed \(6\)"):
+        list(_methods([by("bis", 6), read_run(tmp_path / "by-bis-6")]))
+    assert (
+        stage_now(by("biscuit", 4, "evaluation.compare_global=true", "selectors.num_adapters=2"))
+        == "the selectors are trained, nothing is labeled yet"
+    )
+
+
+def test_policies_of_one_seed_by_selectors_of_several_are_all_counted():
+    runs = []
+    for u, rate in enumerate((0.25, 0.75)):
+        cfg = parse_config("", (f"labels.selectors=runs/bis-{u}", "selectors.rounds=0"))
+        judges = [
+            {"name": f"the vote of the selectors of bis-{u}, which labeled", "win_rate": rate},
+            {"name": "truth", "win_rate": 1 - rate},
+        ]
+        policy = {"judges": judges, "length": {"aligned": 12.0, "raw": 20.5}}
+        labeler = Labeler(parse_config("", (f"seed={u}",)))
+        runs.append(RunView(cfg, "", evaluation={"selectors": None, "policy": policy}, labeler=labeler))
+    (method,) = _methods(runs)
+    assert (method.name, method.seeds) == ("FedBis", (0, 0))
+    table, *_ = tables_of(Section("t", (method,)))
+    assert [row[:5] for row in table[1]] == [
+        ["FedBis", "the vote of the selectors that labeled", "2", "0.500", "0.250 0.750"],
+        ["FedBis", "truth", "2", "0.500", "0.750 0.250"],
+    ]
 
 
 def test_a_policy_that_nobody_judges_is_compared_by_its_length_and_how_far_it_has_moved():

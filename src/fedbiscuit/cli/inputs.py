@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 import fedbiscuit
 from fedbiscuit.cli.shared import Overrides, Selector, app, data_app, settings_of, with_selector
 from fedbiscuit.types import ConfigError
-
-if TYPE_CHECKING:
-    from fedbiscuit.config import Config
 
 __all__ = ["check", "show_config"]
 
@@ -80,52 +76,27 @@ def check(
     Example: fedbiscuit data check train.jsonl test.jsonl
     """
     from fedbiscuit.data.comparisons import check_files
+    from fedbiscuit.data.looking import describe_dataset
+    from fedbiscuit.data.sources import load
     from fedbiscuit.terminal import clean
 
     count_tokens = _token_counter(model) if model else None
     named: list[Path] = []
-    published: list[Config] = []
+    loaded = 0
     for file in files:
         cfg = settings_of(file, ())[0] if file.suffix in (".yaml", ".yml") else None
-        if cfg is not None and cfg.data.source != "jsonl":
-            published.append(cfg)
+        if cfg is None:
+            named.append(file)
+        elif cfg.data.source == "jsonl" and cfg.data.path:
+            named += [Path(path) for path in cfg.data.path]
         else:
-            named += [file] if cfg is None else [Path(path) for path in cfg.data.path]
-    for cfg in published:
-        print(clean(_look(cfg, count_tokens)))
-    if not named and published:
+            print(clean(describe_dataset(load(cfg.data, cfg.seed), count_tokens)))
+            loaded += 1
+    if loaded and not named:
         return 0
     found = check_files(named, count_tokens=count_tokens)
     print(clean(found.render()))
     return 0 if found.ok else 2
-
-
-def _look(cfg: Config, count_tokens: Any) -> str:
-    """What the loader of a published set has made of it."""
-    from fedbiscuit.data.check import describe
-    from fedbiscuit.data.jsonlines import shown
-    from fedbiscuit.data.sources import load
-
-    dataset = load(cfg.data, cfg.seed)
-    kept = [
-        ((client, number), replace(comparison, client=client, split=part))
-        for client, data in sorted(dataset.clients.items())
-        for part in ("train", "validation", "test")
-        for number, comparison in enumerate(getattr(data, part), 1)
-    ]
-    report = describe(kept, dataset.digests, errors=[], warnings=dataset.warnings, count_tokens=count_tokens)
-    lines = [report.render(), ""]
-    lines += [f"left out: {reason}: {count:,}" for reason, count in dataset.left_out.items() if count]
-    lines.append(
-        f"prompts: {len(dataset.prompts):,} to align a policy on, {len(dataset.held_out_prompts):,} held out to evaluate it"
-    )
-    if kept:
-        first = kept[0][1]
-        better, worse = (first.output_b, first.output_a) if first.choice == 1 else (first.output_a, first.output_b)
-        told = {"prompt": first.prompt, "preferred": better, "other": worse}
-        lines += ["", f"the first comparison, of {first.client}:"]
-        lines += [f"  {name:<10} {shown(text, 90)}" for name, text in told.items() if text]
-    return "\n".join(lines)
 
 
 def _example(name: str) -> str:

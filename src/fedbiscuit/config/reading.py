@@ -124,6 +124,8 @@ def _resolve(
         _put(value, path, new)
         places = {key: place for key, place in places.items() if key[: len(path)] != path}
         places[path] = "command line"
+    changed = {".".join(path) for path, _ in changes}
+    notes = tuple(note for note in notes if note.partition(":")[0] not in changed)
     return _checked(Config, _without_empty_sections(value), places, name), notes
 
 

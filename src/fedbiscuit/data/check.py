@@ -84,19 +84,20 @@ def describe(
     if not kept:
         return CheckReport(files, 0, errors, warnings)
     comparisons = [comparison for _, comparison in kept]
+    choices = [comparison for comparison in comparisons if comparison.output_b]  # the others are single good answers
     clients = _counts(comparisons)
-    held_out = [comparison for comparison in comparisons if comparison.split == "test"]
+    held_out = [comparison for comparison in choices if comparison.split == "test"]
     return CheckReport(
         files,
         len(comparisons),
         errors,
-        [*warnings, *_small_clients(clients), *_degenerate(comparisons), *_odd_texts(kept)],
+        [*warnings, *_small_clients(clients), *_degenerate(choices), *_odd_texts(kept)],
         clients,
         dict(Counter(comparison.split or "no split" for comparison in comparisons)),
-        sum(comparison.choice == 1 for comparison in comparisons) / len(comparisons),
+        sum(comparison.choice == 1 for comparison in choices) / len(choices) if choices else None,
         "tokens" if count_tokens else "words",
         _lengths(comparisons, count_tokens or (lambda text: len(text.split()))),
-        {"all": longer_wins(comparisons)} | ({"test": longer_wins(held_out)} if held_out else {}),
+        ({"all": longer_wins(choices)} if choices else {}) | ({"test": longer_wins(held_out)} if held_out else {}),
     )
 
 
@@ -129,11 +130,14 @@ def _lengths(comparisons: Sequence[Comparison], count: Callable[[str], int]) -> 
         return known[text]
 
     prompts = [length(comparison.prompt) for comparison in comparisons]
-    answers = [(length(comparison.output_a), length(comparison.output_b)) for comparison in comparisons]
+    answers = [
+        [length(text) for text in (comparison.output_a, comparison.output_b) if text] for comparison in comparisons
+    ]
+    whole = "prompt and both" if any(len(both) > 1 for both in answers) else "prompt and answer"
     return {
         "prompt": _quantiles(prompts),
         "one answer": _quantiles([number for both in answers for number in both]),
-        "prompt and both": _quantiles([prompt + a + b for prompt, (a, b) in zip(prompts, answers, strict=True)]),
+        whole: _quantiles([prompt + sum(both) for prompt, both in zip(prompts, answers, strict=True)]),
     }
 
 
@@ -159,6 +163,8 @@ def _small_clients(clients: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def _degenerate(comparisons: Sequence[Comparison]) -> list[str]:
+    if not comparisons:
+        return []
     letters: dict[str, set[int | None]] = {}
     counts = Counter(comparison.client or NO_CLIENT for comparison in comparisons)
     for comparison in comparisons:
@@ -218,10 +224,15 @@ def _numbers(report: CheckReport) -> list[str]:
     if set(report.splits) == {"no split"}:
         splits += " (a test and a validation part will be held out of each client)"
     wins = ", ".join(f"{100 * share:.1f}% of {name}" for name, share in report.longer_wins.items())
-    lines = [
-        f"splits            {splits}",
-        f"choice            B in {100 * (report.share_b or 0):.1f}%",
-        f"longer answer     preferred in {wins} (in characters, ties half): what a selector has to beat",
+    lines = [f"splits            {splits}"]
+    if report.share_b is None:
+        lines.append("choice            none: single good answers, to imitate (selectors.local.objective: sft)")
+    else:
+        lines += [
+            f"choice            B in {100 * report.share_b:.1f}%",
+            f"longer answer     preferred in {wins} (in characters, ties half): what a selector has to beat",
+        ]
+    lines += [
         "",
         f"lengths in {report.unit:<8} {'min':>7} {'median':>7} {'95%':>7} {'max':>7}",
     ]

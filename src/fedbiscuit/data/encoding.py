@@ -50,7 +50,7 @@ class Template:
     @property
     def extra(self) -> tuple[str, ...]:
         """Those beyond the prompt and the answers, such as a title."""
-        return tuple(field for field in self.fields if field in EXTRA)
+        return tuple(dict.fromkeys(field for field in self.fields if field in EXTRA))
 
     @property
     def text(self) -> str:

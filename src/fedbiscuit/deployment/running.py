@@ -244,6 +244,7 @@ def _follow(server: Deploy, job: _Job, number: str, cfg: Config, timeout: float,
     metrics = run_path(cfg.runs_dir, cfg.name) / "metrics.jsonl"
     place, status, is_silent = _rounds(metrics, 0)[1], "", False
     begun = heard = asked = time.monotonic()
+    trained = "selectors" if cfg.selectors.local.objective == "choice" else "policy"
     waits = ""
     while True:
         waits, waited = job.waiting.read_text(encoding="utf-8") if job.waiting.exists() else "", waits
@@ -255,7 +256,7 @@ def _follow(server: Deploy, job: _Job, number: str, cfg: Config, timeout: float,
         for row in rows:
             for line in _missing(row):
                 log.warning("round %d: %s", row["round"], line)
-            progress("selectors", row["round"] + 1, cfg.selectors.rounds, _note(row))
+            progress(trained, row["round"] + 1, cfg.selectors.rounds, _note(row))
         if has_ended:
             break
         if time.monotonic() - asked >= ASK_EVERY:

@@ -97,7 +97,7 @@ class Selector:
     @property
     def fields(self) -> tuple[str, ...]:
         """What its template shows beside the prompt and the answers; mostly nothing, with TL;DR's a subreddit and a title."""
-        return () if self.reader.kind == "reward" else self.reader.template.extra
+        return self.reader.extra
 
     def choose(self, pairs: Sequence[Pair], batch_size: int = 16, too_long: float | None = None) -> list[float]:
         """For each pair the probability that its first answer is better; both orders are read and averaged.
@@ -152,13 +152,18 @@ class Selector:
         """
         asked = [_prompt_text(prompt) for prompt in prompts]
         texts = [_completion_text(completion) for completion in completions]
-        groups: dict[str, list[int]] = {}
-        for i, prompt in zip(range(len(texts)), asked, strict=True):
-            groups.setdefault(prompt, []).append(i)
+        shown = [{}] * len(asked) if fields is None else fields
+        if not len(asked) == len(texts) == len(shown):
+            raise DataError(
+                f"{len(asked)} prompts, {len(texts)} completions, {len(shown)} fields: give a prompt for each completion"
+            )
+        groups: dict[Any, list[int]] = {}
+        for i, prompt in enumerate(asked):
+            groups.setdefault((prompt, tuple(sorted(shown[i].items()))), []).append(i)
         speaks = [bool(text.strip()) for text in texts]
         duels = [duel for group in groups.values() for duel in combinations(group, 2)]
         read = [(i, j) for i, j in duels if speaks[i] and speaks[j]]
-        pairs = [(asked[i], texts[i], texts[j], fields[i] if fields else {}) for i, j in read]
+        pairs = [(asked[i], texts[i], texts[j], shown[i]) for i, j in read]
         said = self.choose(pairs, batch_size, too_long=0.5)
         won = dict(zip(read, said, strict=True))
         points: list[list[float]] = [[] for _ in texts]
@@ -263,10 +268,13 @@ def _lora_of(place: Path) -> LoraSettings:
 
 def _comparison(i: int, pair: Pair, wanted: Sequence[str]) -> Comparison:
     if not isinstance(pair, Comparison):
-        *texts, extra = pair if len(pair) == 4 else (*pair, {})
-        fits = len(texts) == 3 and all(isinstance(text, str) for text in texts) and isinstance(extra, Mapping)
-        if not fits or isinstance(pair, str):
-            raise DataError(f"pair {i}: {pair!r:.80}: give three texts, (prompt, first answer, second answer)")
+        parts = list(pair) if isinstance(pair, Sequence) and not isinstance(pair, str) else []
+        texts: list[Any] = parts[:3]
+        extra: Any = parts[3] if len(parts) == 4 else {}
+        values = [*texts, *extra.values()] if isinstance(extra, Mapping) else [None]
+        if len(parts) not in (3, 4) or not all(isinstance(text, str) for text in values):
+            fourth = ", and as a fourth the texts that `fields` names" if wanted else ""
+            raise DataError(f"pair {i}: {pair!r:.80}: give three texts, (prompt, first answer, second answer){fourth}")
         pair = Comparison(texts[0], texts[1], texts[2], meta={"fields": extra})
     missing = [name for name in wanted if name not in pair.meta.get("fields", {})]
     if missing:

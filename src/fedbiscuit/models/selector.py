@@ -40,6 +40,11 @@ class Selector:
     """What is kept of comparisons that are read again and again; None: nothing."""
     kind: Literal["choice", "reward"] = "choice"
 
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """What it reads beside prompt and answers, such as a title; a reward model has no template to show it in."""
+        return () if self.kind == "reward" else self.template.extra
+
     @classmethod
     def of(
         cls,

@@ -23,11 +23,10 @@ __all__ = ["check_labeling", "write", "write_and_label", "write_raw"]
 def check_labeling(session: Session) -> None:
     """Stop before anything is trained where the answers that the policy will write could not be labeled."""
     selector, cfg = labeling_selector(session), session.cfg
-    missing = [field for field in selector.template.fields if field in EXTRA]
-    if missing and not session.dataset.fields:
+    if session.lacks(selector.extra):
         raise ConfigError(
-            f"data.template: {selector.template.name} needs {missing}, which the policy's prompts do not have, so its answers "
-            "cannot be labeled; use another template, or only `fedbiscuit train` and `fedbiscuit evaluate`"
+            f"data.template: {selector.template.name} needs {list(selector.extra)}, which the policy's prompts do not have, so "
+            "its answers cannot be labeled; use another template, or only `fedbiscuit train` and `fedbiscuit evaluate`"
         )
     smallest, _ = selector.encode([Comparison("x", "x", "x", meta={"fields": dict.fromkeys(EXTRA, "x")})])
     needed = 2 * cfg.generation.max_new_tokens + (len(smallest[0].ab) if smallest else selector.max_tokens)

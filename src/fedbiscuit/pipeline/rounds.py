@@ -39,6 +39,7 @@ def train_all(session: Session) -> None:
 def _train(session: Session, settings: FederatedSettings, name: str, metrics: str) -> None:
     """Rounds, from the last saved state to the end: run, evaluate when due, log, save, stop early."""
     run, seed = session.run, session.cfg.seed
+    trains_selectors = settings.local.objective == "choice"
     clients = {"all": pooled(session.clients)} if settings.population == "centralized" else session.clients
     if session.connect is None and (not clients or _is_trained(session, settings, name, metrics)):
         _take_what_is_trained(session, settings, name, metrics)
@@ -83,7 +84,7 @@ def _train(session: Session, settings: FederatedSettings, name: str, metrics: st
                 or _gave_up(history, settings.patience)
             ):
                 run.save_state(name, state.round, *_packed_state(state))
-            session.progress(name, state.round, settings.rounds, _note(row))
+            session.progress(name if trains_selectors else "policy", state.round, settings.rounds, _note(row))
     best = run.load_state(f"{name}-best") if settings.patience else None
     _save_adapters(session, settings, state if best is None else _unpacked_state(best[1], best[2]), name)
 

@@ -159,6 +159,12 @@ class Session:
         trained = {comparison.prompt for data in self.clients.values() for comparison in data.train}
         return tuple(prompt for prompt in prompts if prompt not in trained)
 
+    def lacks(self, names: Sequence[str]) -> bool:
+        """Whether there are prompts that the policy answers without these fields, such as a title."""
+        prompts, fields = (*self.dataset.prompts, *self.dataset.held_out_prompts), self.dataset.fields
+        held = [fields.get(prompt, {}) for prompt in prompts] or [{}]
+        return any(name not in one for name in names for one in held)
+
     def answerable(self, prompts: Sequence[str]) -> tuple[str, ...]:
         """Those that leave the policy room for an answer; the others are counted in ``left_out``."""
         lm, how = self.policy_lm, self.cfg.generation

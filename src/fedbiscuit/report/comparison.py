@@ -28,9 +28,10 @@ WITHOUT_INFLUENCE = (
 )  # fmt: skip
 """Settings that make no other result, or only the seed's kind of another one."""
 
+LABELING = "labels.selectors"
 OF_A_KIND = (
     "selectors.population", "selectors.num_adapters", "selectors.warmup_", "selectors.regroup_every", "selectors.group",
-    "selectors.cohort_sampling", "selectors.kind", "selectors.local.objective", "labels.selectors",
+    "selectors.cohort_sampling", "selectors.kind", "selectors.local.objective", LABELING,
 )  # fmt: skip
 """How settings begin that make the kind of a method, or mean something to some kinds only."""
 
@@ -46,7 +47,7 @@ class Method:
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each run."""
+        """The seed of each run; one may come again where the selectors are those of other runs."""
         return tuple(run.cfg.seed for run in self.runs)
 
     @cached_property
@@ -132,7 +133,7 @@ def compare(method: Method, other: Method) -> Difference | None:
     return Difference(mean(means), interval, sum(gain > 0 for gain in means), sum(gain < 0 for gain in means))
 
 
-def mean_and_interval(by_seed: Mapping[int, ByClient]) -> tuple[float, list[float] | None]:
+def mean_and_interval(by_seed: Mapping[Any, ByClient]) -> tuple[float, list[float] | None]:
     """The mean over clients, then over seeds, and its interval from resampling clients with their mean over seeds."""
     clients: dict[ClientId, list[float]] = {}
     for accuracies in by_seed.values():
@@ -191,19 +192,18 @@ def _methods(runs: Sequence[RunView]) -> Iterator[Method]:
         groups.setdefault((tuple(sorted(_settings(run).items())), run.labeler and run.labeler.data), []).append(run)
     settings_of_all = [dict(settings) for settings, _ in groups]
     for (settings, _), held in groups.items():
-        seeds = [(run.cfg.seed, run.labeler.cfg.seed if run.labeler else None) for run in held]
-        if len(set(seeds)) < len(seeds):
+        draws = [run.draw for run in held]
+        if twice := [draw for draw in draws if draws.count(draw) > 1]:
             raise ConfigError(
-                f"two of the runs have the same settings and the same seed ({min(seeds)[0]}); give one of them"
+                f"two of the runs have the same settings and the same seed ({twice[0][0]}); give one of them"
             )
         kind = _kind(held[0])
         alike = [dict(others) for (others, _), theirs in groups.items() if _kind(theirs[0]) == kind]
         told = _what_differs(dict(settings), alike, settings_of_all)
-        if (
-            settings_of_all.count(dict(settings)) > 1
-        ):  # only the data differ that the labeling selectors were trained on
-            told += f", selectors of {Path(held[0].cfg.labels.selectors).name}"
-        yield Method(f"{kind}{told}", tuple(sorted(held, key=lambda run: run.cfg.seed)))
+        others = held[0].cfg.labels.selectors
+        if others and settings_of_all.count(dict(settings)) > 1:  # a row of its own, or trained on other data
+            told += f", selectors of {others}"
+        yield Method(f"{kind}{told}", tuple(sorted(held, key=lambda run: run.draw)))
 
 
 def _kind(run: RunView) -> str:
@@ -234,19 +234,17 @@ def _settings(run: RunView) -> dict[str, str]:
     Whose selectors labeled is told by how they were trained, so that runs whose selectors differ by their seed alone are one row.
     """
     own = _flat(run.cfg) | dict.fromkeys(_idle(run.cfg), "")
-    if not run.cfg.labels.selectors:
-        return own
-    kept = {key: value for key, value in own.items() if not key.startswith("selectors.")}
-    if run.labeler is None:
-        return kept | {key: "" for key in own if key.startswith("selectors.")}
-    theirs = _flat(run.labeler.cfg) | dict.fromkeys(_idle(run.labeler.cfg), "")
+    if run.cfg.labels.selectors and run.labeler is None:
+        return {key: "" if key.startswith("selectors.") else value for key, value in own.items()}
+    labeling = _labeling(run)
+    theirs = _flat(labeling) | dict.fromkeys(_idle(labeling), "")
     trained = {key: value for key, value in theirs.items() if key.startswith("selectors.")}
     read = {
-        f"labels.selectors.{key}": value
+        f"{LABELING}.{key}": value
         for key, value in theirs.items()
-        if key.startswith(("model.", "data.")) and not key.startswith("data.prompt") and value != own.get(key)
+        if key.startswith(("model.", "data.")) and not key.startswith("data.prompt")
     }
-    return kept | trained | read | {"labels.selectors": ""}
+    return own | trained | read | {LABELING: ""}
 
 
 def _flat(cfg: Config) -> dict[str, str]:
@@ -298,4 +296,7 @@ def _what_differs(
         _unlike(settings, alike) | {key for key in _unlike(settings, all_rows) if not key.startswith(OF_A_KIND)}
     )
     told = {key: settings.get(key, "unset") for key in keys}
+    for key in keys:  # a base that selectors and policy share is told once
+        if key.startswith(f"{LABELING}.") and told[key] == settings.get(key.removeprefix(f"{LABELING}.")):
+            told[key] = ""
     return "".join(f", {key.rsplit('.', 1)[-1]} {value}" for key, value in told.items() if value)

@@ -14,7 +14,7 @@ from fedbiscuit.evaluation.judge import PROTOCOLS
 from fedbiscuit.report.style import GROUPS
 from fedbiscuit.report.tasks import TABLES
 from fedbiscuit.rundir import RunDir
-from fedbiscuit.types import ClientId, Grouping
+from fedbiscuit.types import ClientId, ConfigError, Grouping
 
 __all__ = ["FILES", "FOLDERS", "Labeler", "RunView", "read_run", "validation_series"]
 
@@ -70,6 +70,11 @@ class RunView:
     """Which of ``FOLDERS`` are there."""
     labeler: Labeler | None = None
     """Where ``labels.selectors`` names a run that is still there."""
+
+    @property
+    def draw(self) -> tuple[int, str]:
+        """What tells it from runs with the same settings: its seed, and whose selectors labeled, which have theirs."""
+        return self.cfg.seed, self.cfg.labels.selectors
 
     @property
     def selectors(self) -> Mapping[str, Any]:
@@ -167,8 +172,12 @@ def read_run(run_dir: Path) -> RunView:
 def _labeler(folder: str) -> Labeler | None:
     if not folder or not (Path(folder) / "config.yaml").is_file():
         return None
+    try:
+        cfg = load_config(Path(folder) / "config.yaml")
+    except ConfigError:
+        return None  # that run is not the one that was asked about
     manifest = RunDir.view(folder).read_json("manifest.json") or {}
-    return Labeler(load_config(Path(folder) / "config.yaml"), tuple(sorted((manifest.get("data") or {}).values())))
+    return Labeler(cfg, tuple(sorted((manifest.get("data") or {}).values())))
 
 
 def validation_series(rounds: Sequence[Row], key: str) -> list[tuple[int, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -174,17 +174,17 @@ def _policies(section: Section) -> Table:
     )  # fmt: skip
     rows = []
     for method in section.methods:
-        aligned = {run.cfg.seed: run.policy for run in method.runs if run.policy}
+        aligned = {run.draw: run.policy for run in method.runs if run.policy}
+        labelers = {whose for _, whose in aligned}
         words = [_mean([policy["length"][kind] for policy in aligned.values()], 1) for kind in ("aligned", "raw")]
         kl = _mean([policy.get("kl") for policy in aligned.values()], 1)
-        names = dict.fromkeys(judge["name"] for policy in aligned.values() for judge in policy.get("judges", []))
+        judges = {
+            draw: {_judge_of(judge["name"], labelers): judge for judge in policy.get("judges", [])}
+            for draw, policy in aligned.items()
+        }
+        names = dict.fromkeys(name for held in judges.values() for name in held)
         for name in names or dict.fromkeys([""] if aligned else []):
-            by_seed = {
-                seed: judge
-                for seed, policy in aligned.items()
-                for judge in policy.get("judges", [])
-                if judge["name"] == name
-            }
+            by_seed = {draw: held[name] for draw, held in judges.items() if name in held}
             points = {seed: judge.get("points", {}) for seed, judge in by_seed.items()}
             interval = mean_and_interval(points)[1] if points and all(points.values()) else None
             rates = [judge["win_rate"] for judge in by_seed.values()]
@@ -192,6 +192,11 @@ def _policies(section: Section) -> Table:
             told = (str(len(by_seed or aligned)), _mean(rates), _interval(interval), each)
             rows.append((method.name, str(name), *told, *words, kl))
     return header, rows
+
+
+def _judge_of(name: str, labelers: Collection[str]) -> str:
+    """Its name; where selectors of several runs labeled, by seed, they are one judge: who labeled."""
+    return "the vote of the selectors that labeled" if len(labelers) > 1 and name.endswith(", which labeled") else name
 
 
 def _judged(section: Section) -> Table:
@@ -202,12 +207,12 @@ def _judged(section: Section) -> Table:
     )  # fmt: skip
     rows = []
     for method in section.methods:
-        groups: dict[tuple[str, ...], dict[int, Any]] = {}
+        groups: dict[tuple[str, ...], dict[tuple[int, str], Any]] = {}
         for run in method.runs:
             for one in run.judged:
                 if one["on"] != HELD_OUT or one["policy"] == LAST:
                     policy = one["policy"] if one["on"] == HELD_OUT else f"{one['policy']}, {one['on']}"
-                    groups.setdefault((policy, one["against"], judge_name(one)), {})[run.cfg.seed] = one
+                    groups.setdefault((policy, one["against"], judge_name(one)), {})[run.draw] = one
         for told, by_seed in groups.items():
             wins = {
                 seed: {row["digest"]: float(row["points"] == 1) for row in one["outcomes"]}

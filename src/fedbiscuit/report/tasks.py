@@ -118,7 +118,7 @@ def _alpaca_eval_notes(result: Mapping[str, Any]) -> list[str]:
     notes = ["Cut off: answers that reached generation.max_new_tokens."]
     if result.get("system"):
         notes.append(
-            f"Before each instruction stood generation.system, with which this policy was trained: {result['system']!r}"
+            f"Before each instruction stood generation.system, as in training and labeling: {result['system']!r}"
         )
     return notes
 

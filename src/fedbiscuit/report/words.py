@@ -62,7 +62,12 @@ def stage_now(run: RunView) -> str | None:
     cfg = run.cfg
     if "selectors" not in run.folders and not cfg.labels.selectors:
         return f"training the selectors, round {len(run.rounds)} of {cfg.selectors.rounds} done"
-    if cfg.evaluation.compare_global and cfg.selectors.num_adapters > 1 and "global" not in run.folders:
+    if (
+        not cfg.labels.selectors
+        and cfg.evaluation.compare_global
+        and cfg.selectors.num_adapters > 1
+        and "global" not in run.folders
+    ):
         done = len(run.global_rounds)
         return f"training the global selector to compare with, round {done} of {cfg.selectors.rounds} done"
     if "policy" in run.folders:
