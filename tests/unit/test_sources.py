@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from fedbiscuit.config import DataSettings, DemoSettings, PartitionSettings, parse_config
 from fedbiscuit.data.formats import FORMATS
-from fedbiscuit.data.sources import SOURCES, load, split_prompts
+from fedbiscuit.data.sources import SOURCES, Dataset, load, split_prompts
+from fedbiscuit.pipeline.session import Session
 from fedbiscuit.types import ConfigError, DataError
 
 
@@ -328,3 +330,11 @@ def test_reading_data_imports_no_heavy_library():
     heavy = "{'torch', 'transformers', 'peft', 'datasets', 'pyarrow', 'matplotlib', 'numpy', 'scipy'}"
     code = f"import sys, fedbiscuit.data.sources as s, fedbiscuit.data.check; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_prompts_of_another_set_lack_what_a_template_shows_of_the_compared_posts():
+    posts = {"a post": {"title": "t", "subreddit": "s"}}
+    for prompts, lacks in ((("a post",), False), (("a post", "a question"), True), ((), True)):
+        session = SimpleNamespace(dataset=Dataset({}, prompts, (), fields=posts))
+        assert Session.lacks(session, ("subreddit", "title")) is lacks
+        assert Session.lacks(session, ()) is False
