@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -28,6 +28,7 @@ __all__ = [
     "program",
     "run_dir_of",
     "server_app",
+    "settings_and_kind",
     "settings_of",
     "station_app",
     "with_selector",
@@ -89,6 +90,14 @@ def settings_of(source: Path, overrides: Sequence[str], selector: Path | None = 
 
     ``selector``: the run whose selectors label, by its folder or its config.
     """
+    cfg, kind = settings_and_kind(source, overrides, selector)
+    return cfg, kind == "folder"
+
+
+def settings_and_kind(
+    source: Path, overrides: Sequence[str], selector: Path | None = None
+) -> tuple[Config, Literal["config", "old", "folder"]]:
+    """The same, and whether they were read from a config of ours, an old one, or the folder of a run."""
     from fedbiscuit.config import load_config, load_translated
 
     overrides, fill = with_selector(overrides, selector)
@@ -97,14 +106,14 @@ def settings_of(source: Path, overrides: Sequence[str], selector: Path | None = 
         if notes:
             what = "settings of the original FedBiscuit, translated"
             log.warning("%s: %s; `%s config %s` shows what they become", source, what, program(), source)
-        return cfg, False
+        return cfg, "old" if notes else "config"
     if not (source / "config.yaml").is_file():
         raise ConfigError(f"{source}: no config.yaml in this folder; give a config file or the folder of a run")
     cfg = load_config(source / "config.yaml", overrides)
     folder = source.resolve()
     if run_dir_of(cfg).resolve() != folder:  # moved, renamed, or seen from another working folder
         cfg = cfg.model_copy(update={"runs_dir": str(folder.parent), "name": folder.name})
-    return cfg, True
+    return cfg, "folder"
 
 
 def with_selector(overrides: Sequence[str], selector: Path | None) -> tuple[Sequence[str], str]:

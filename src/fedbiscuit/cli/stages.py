@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter, validators
 
-from fedbiscuit.cli.shared import Overrides, Selector, Source, app, program, run_dir_of, settings_of
+from fedbiscuit.cli.shared import Overrides, Selector, Source, app, program, run_dir_of, settings_and_kind, settings_of
 from fedbiscuit.types import ConfigError
 
 if TYPE_CHECKING:
@@ -109,11 +109,10 @@ def train(
 
     Example: fedbiscuit train configs/two_camps.yaml selectors.num_adapters=2
     """
-    cfg, is_folder = settings_of(config, overrides)
-    from fedbiscuit.config import load_translated
+    cfg, kind = settings_and_kind(config, overrides)
     from fedbiscuit.terminal import ProgressLines
 
-    is_old = not is_folder and bool(load_translated(config, overrides)[1])
+    is_folder = kind == "folder"
     if clients.backend == "flower" and gpus > 1:
         raise ConfigError(
             f"--gpus {gpus}: with --backend flower the clients train on their own machines; leave it out (each site.yaml names a "
@@ -128,7 +127,7 @@ def train(
             run_dir = pipeline.train_selectors(cfg, resume=resume or is_folder, progress=progress, devices=gpus)
     if cfg.selectors.local.objective != "choice":
         _say_next(run_dir, "evaluate", "policy")
-    elif is_old:  # how to align stands in another file
+    elif kind == "old":  # how to align stands in another file
         folder = shlex.quote(str(run_dir))
         print(f"{run_dir / 'selectors'} is ready; next: {program()} align RLHF.yaml --selector {folder}")
     else:

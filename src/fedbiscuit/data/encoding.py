@@ -22,6 +22,7 @@ __all__ = [
     "Template",
     "encode_answers",
     "encode_comparison",
+    "extra_fields",
     "load_template",
     "parse_template",
 ]
@@ -46,11 +47,6 @@ class Template:
     def fields(self) -> tuple[str, ...]:
         """The fields in the order in which they occur."""
         return self.pieces[1::2]
-
-    @property
-    def extra(self) -> tuple[str, ...]:
-        """Those beyond the prompt and the answers, such as a title."""
-        return tuple(dict.fromkeys(field for field in self.fields if field in EXTRA))
 
     @property
     def text(self) -> str:
@@ -145,6 +141,11 @@ def parse_template(text: str, name: str) -> Template:
             f"template {name}: must end in the text right before the letter, without white space at the end"
         )
     return Template(name, tuple(pieces))
+
+
+def extra_fields(template: Template, kind: str) -> tuple[str, ...]:
+    """What a selector of this kind reads beside prompt and answers, such as a title. A reward model has no use for a template."""
+    return () if kind == "reward" else tuple(dict.fromkeys(field for field in template.fields if field in EXTRA))
 
 
 def encode_comparison(

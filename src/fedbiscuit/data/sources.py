@@ -339,9 +339,8 @@ def filtered_tldr(paths: Iterable[str]) -> list[Part]:
     folders = [path for path in paths if Path(path).is_dir()]
     wants = FORMATS["tldr"].wants
     named = [part for folder in folders for part in parts_of(folder, "data.path", wants) if part.name in TLDR_FILES]
-    found = [
-        part for part in named if ".json" not in Path(part.path).suffixes
-    ]  # a train.json is another set's, such as SHP's
+    # A train.json is another set's, such as SHP's.
+    found = [part for part in named if ".json" not in Path(part.path).suffixes]
     return sorted(found, key=lambda part: TLDR_FILES.index(part.name))
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedbiscuit.data.encoding import EncodedComparison, Template, encode_answers, encode_comparison
+from fedbiscuit.data.encoding import EncodedComparison, Template, encode_answers, encode_comparison, extra_fields
 from fedbiscuit.models.lm import LM
 from fedbiscuit.models.losses import choice_loss
 from fedbiscuit.models.trees import Forest
@@ -42,8 +42,8 @@ class Selector:
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """What it reads beside prompt and answers, such as a title; a reward model has no template to show it in."""
-        return () if self.kind == "reward" else self.template.extra
+        """What it reads beside prompt and answers, such as a title."""
+        return extra_fields(self.template, self.kind)
 
     @classmethod
     def of(

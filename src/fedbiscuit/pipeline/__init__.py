@@ -121,8 +121,7 @@ def evaluate(cfg: Config, progress: Progress = silent, checkpoints: bool = False
     With ``checkpoints`` also every round and step that ``keep_every`` has kept.
     """
     with open_run(cfg, progress) as session:
-        if checkpoints:
-            warn_without_checkpoints(session)
+        warn_without_checkpoints(session, checkpoints)
         evaluate_run(session, checkpoints)
         return session.run.path
 
@@ -138,8 +137,7 @@ def evaluate_task(
     check_task(task, asked)
     with open_run(cfg, progress) as session:
         session.for_once = FOR_ONCE
-        if checkpoints:
-            warn_without_checkpoints(session)
+        warn_without_checkpoints(session, checkpoints)
         do_task(session, task, asked)
         return session.run.path
 
@@ -161,6 +159,5 @@ def judge(
     check_judge(cfg.judge)
     with open_run(cfg, progress) as session:
         session.for_once = FOR_ONCE
-        if checkpoints:
-            warn_without_checkpoints(session)
+        warn_without_checkpoints(session, checkpoints)
         return session.run.path / judge_run(session, on, asked)

@@ -70,9 +70,9 @@ def kept(session: Session, kind: str, content: str) -> list[tuple[int, str]]:
     ]
 
 
-def warn_without_checkpoints(session: Session) -> None:
-    """Say it where all that were kept are asked for, and none were."""
-    if not any((session.run.path / "checkpoints").glob("*-*")):
+def warn_without_checkpoints(session: Session, asked: bool) -> None:
+    """Say it where all that were kept are ``asked`` for, and none were."""
+    if asked and not any((session.run.path / "checkpoints").glob("*-*")):
         log.warning(
             "%s: nothing was kept along the way, so only the last is looked at; set selectors.keep_every and "
             "alignment.keep_every before training",

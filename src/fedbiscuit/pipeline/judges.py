@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbiscuit.config import Config, LabelSettings, load_config
-from fedbiscuit.data.encoding import load_template
+from fedbiscuit.data.encoding import extra_fields, load_template
 from fedbiscuit.data.sources import load
 from fedbiscuit.evaluation.winrate import points_of, win_rate
 from fedbiscuit.models.rewards import RewardModel, check_reward_model, load_reward_model
@@ -190,7 +190,7 @@ def _settings(session: Session, path: str, key: str) -> Config:
             f"{key}: {path} has no trained selectors; name the folder of a run that `fedbiscuit train` made{other}"
         )
     cfg = load_config(folder / "config.yaml")
-    needed = () if cfg.selectors.kind == "reward" else load_template(cfg.data.template).extra
+    needed = extra_fields(load_template(cfg.data.template), cfg.selectors.kind)
     if session.lacks(needed):
         raise ConfigError(
             f"{key}: the template {cfg.data.template} of {path} needs {list(needed)}, which the policy's prompts do not "

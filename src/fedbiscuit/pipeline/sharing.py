@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbiscuit.config import Config, ModelSettings, load_config
-from fedbiscuit.data.encoding import parse_template
+from fedbiscuit.data.encoding import extra_fields, parse_template
 from fedbiscuit.models.base import hub_name, quantize_of
 from fedbiscuit.models.hub import check_name, upload
 from fedbiscuit.models.merging import write_merged
@@ -103,7 +103,7 @@ def _export_selectors(run: RunDir, cfg: Config, to: Path, which: str, merge: boo
         raise ConfigError(f"{run.path}: a merged model holds one selector; choose one of 0 to {len(numbers) - 1}")
     places = [run.path / content.adapters[u] for u in numbers]
     names = () if merge else tuple(f"u{u}" for u in numbers) if len(numbers) > 1 else (".",)
-    fields = () if content.kind == "reward" else parse_template(content.template, "selector.json").extra
+    fields = extra_fields(parse_template(content.template, "selector.json"), content.kind)
     card = selector_card(_facts(run, cfg, places[0], merge, base), numbers, content.temperature, fields)
     with new_folder(to) as folder:
         write_selector_file(folder, replace(content, adapters=names))
