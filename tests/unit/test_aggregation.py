@@ -73,6 +73,7 @@ def test_equal_weights_average_clients_and_example_weights_average_comparisons()
     rows = [[0.0, 4.0], [8.0, 0.0]]
     assert averaged(rows, [1, 3]) == [4.0, 2.0]
     assert averaged(rows, [1, 3], weights="examples") == [6.0, 1.0]
+    assert averaged(rows, [1, 3], weights="examples", aggregator="norm_clipped_mean") == [6.0, 1.0]
 
 
 def test_population_scale_divides_by_all_clients_so_that_absent_ones_count_as_no_change() -> None:
@@ -142,12 +143,16 @@ def test_the_trimmed_mean_drops_one_liar_of_five() -> None:
     ]
 
 
-@given(rows=deltas, clip_norm=st.floats(0.1, 20))
+@given(rows=deltas, clip_norm=st.floats(0.1, 20), data=st.data(), weights=st.sampled_from(["equal", "examples"]))
 @settings(max_examples=60, deadline=None)
-def test_the_norm_clipped_mean_is_the_mean_of_shortened_deltas(rows: list[list[float]], clip_norm: float) -> None:
+def test_the_norm_clipped_mean_is_the_weighted_mean_of_shortened_deltas(
+    rows: list[list[float]], clip_norm: float, data: st.DataObject, weights: str
+) -> None:
+    counts = data.draw(st.lists(st.integers(0, 50), min_size=len(rows), max_size=len(rows)))
     shortened = [np.array(row) * min(1.0, clip_norm / (math.hypot(*row) or 1.0)) for row in rows]
-    found = averaged(rows, aggregator="norm_clipped_mean", clip_norm=clip_norm)
-    assert found == pytest.approx(np.mean(shortened, axis=0), abs=1e-9)
+    found = averaged(rows, counts, aggregator="norm_clipped_mean", clip_norm=clip_norm, weights=weights)
+    weighs = counts if weights == "examples" and any(counts) else None
+    assert found == pytest.approx(np.average(shortened, axis=0, weights=weighs), abs=1e-9)
 
 
 @given(rows=deltas.filter(lambda rows: len(rows) >= 5))
